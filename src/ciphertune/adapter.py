@@ -1,0 +1,56 @@
+"""A LoRA adapter as plain numbers: the values every later step works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The two factors of one adapted layer: its update is ``dW = scale * b @ a`` (LoRA, arXiv 2106.09685, section 4.1).
+
+    a: shape (r, n), one row per component.  b: shape (m, r), one column per component.
+    scale: ``alpha / r``; the same for every client of a federation, so that components mean the same at every rank.
+    Raises ValueError when the shapes do not fit together.
+    """
+
+    a: FloatArray
+    b: FloatArray
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(f"a {self.a.shape} and b {self.b.shape} are not factors of one matrix: want (r, n), (m, r)")
+
+    @property
+    def rank(self) -> int:
+        """Number of components, r."""
+        return self.a.shape[0]
+
+    def delta(self) -> npt.NDArray[np.float64]:
+        """The full update, shape (m, n), in float64. For tests and oracles; training never forms it."""
+        return self.scale * (self.b.astype(np.float64) @ self.a.astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Everything a client trains: LoRA factors per layer, and the task heads, both in sorted order of their names."""
+
+    layers: Mapping[str, LoraFactors]
+    heads: Mapping[str, FloatArray]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
+        object.__setattr__(self, "heads", MappingProxyType(dict(sorted(self.heads.items()))))
+
+    @property
+    def rank(self) -> int:
+        """The common rank of all layers (0 when there is none)."""
+        return max((f.rank for f in self.layers.values()), default=0)

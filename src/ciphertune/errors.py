@@ -1,0 +1,73 @@
+"""Every error the package raises on purpose.
+
+CiphertuneError                 one clear line: what was wrong, with which value, and what to do
+├── SettingsError               an override, a choice or a node's own setting
+├── DataError                   a data file, a line in it, a label
+├── ModelError                  a model folder, a target module, a rank
+├── KeyFileError                a key file: absent, damaged, readable by others
+├── RangeError                  a value that encryption could not carry (NaN, infinite, too large)
+├── WireError                   a message that must not be used
+│   ├── FormatError             not ours, wrong version, wrong length, damaged
+│   ├── ParameterMismatchError  encrypted under other parameters
+│   ├── KeyMismatchError        encrypted under another key
+│   ├── PlanMismatchError       made for another plan (layers, shapes, ranks)
+│   ├── SettingsMismatchError   made under other settings
+│   └── RoundMismatchError      another run, round or sender; a replay
+└── FederationError             the run cannot go on (too few clients, nothing usable in a round)
+"""
+
+
+class CiphertuneError(Exception):
+    """Base of all errors that a user can do something about."""
+
+
+class SettingsError(CiphertuneError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(CiphertuneError):
+    """Training data cannot be used as given."""
+
+
+class ModelError(CiphertuneError):
+    """The base model cannot be loaded or adapted as asked."""
+
+
+class KeyFileError(CiphertuneError):
+    """A key file cannot be used."""
+
+
+class RangeError(CiphertuneError):
+    """A value is not finite or exceeds what the encryption parameters can carry."""
+
+
+class WireError(CiphertuneError):
+    """A message must not be used."""
+
+
+class FormatError(WireError):
+    """The bytes are not a message of this wire version."""
+
+
+class ParameterMismatchError(WireError):
+    """The message was made under other encryption parameters."""
+
+
+class KeyMismatchError(WireError):
+    """The message was made under another key."""
+
+
+class PlanMismatchError(WireError):
+    """The message was made for another plan."""
+
+
+class SettingsMismatchError(WireError):
+    """The two parties run under different settings or code."""
+
+
+class RoundMismatchError(WireError):
+    """The message belongs to another run, round or sender."""
+
+
+class FederationError(CiphertuneError):
+    """The run cannot go on."""

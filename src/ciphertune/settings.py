@@ -1,0 +1,299 @@
+"""Settings: one frozen dataclass per group of `conf/`, composed by Hydra, checked here, digested for the handshake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from ciphertune.errors import SettingsError
+
+# What only the party itself needs to know; two parties may differ in it and still work together.
+_LOCAL = ("runs_dir", "name", "record_server_view", "record_updates")
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """A method is a tuple of names (`conf/method/`)."""
+
+    name: str = "sealed"
+    share: str = "alternate"  # both | alternate | b_only
+    select: str = "all"  # none | all: which part of the update is secret
+    aggregate: str = "separate"
+    fit_rank: str = "nested"  # nested | pad
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The base model and the shape of the adapter (`conf/model/`)."""
+
+    name: str = "embedded"  # embedded | a folder | a hub id
+    task: str = "causal_lm"  # causal_lm | classification
+    targets: tuple[str, ...] = ("q_proj", "v_proj")  # module name endings, or the single word all-linear
+    rank: int = 8  # the reference rank that alpha refers to; a client's own rank is in the federation group
+    alpha: float = 16.0  # scale = alpha / rank, the same for clients of every rank
+    dropout: float = 0.0
+    max_length: int = 128  # tokens
+    dtype: str = "auto"  # auto (bfloat16 where the device has it) | float32 | bfloat16
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where a client's text comes from (`conf/data/`)."""
+
+    source: str = "embedded"  # embedded | jsonl | hf
+    path: str = ""  # jsonl: a file, may contain {client}; a node's own data-path wins
+    heldout_path: str = ""  # jsonl: held-out file, may contain {client}; empty: a share of the client's own lines
+    heldout_fraction: float = 0.1
+    labels: tuple[str, ...] = ()  # classification: every label, in the order of the model's outputs
+    dataset: str = ""  # hf: name on the hub
+    subset: str = ""  # hf
+    split: str = "train"  # hf
+    partition: str = "none"  # none | iid | dirichlet | natural: how one file or data set is divided among clients
+    partition_by: str = "label"  # dirichlet: the label column; natural: the id column
+    dirichlet_alpha: float = 0.3
+    max_train: int = 0  # examples per client, 0 = all
+    max_heldout: int = 0
+    seed: int = 0  # of the partition
+
+
+@dataclass(frozen=True)
+class CryptoSettings:
+    """The backend and its parameters (`conf/crypto/`)."""
+
+    backend: str = "ckks"  # clear | ckks
+    poly_modulus_degree: int = 4096
+    coeff_mod_bits: tuple[int, ...] = (54, 20)
+    scale_bits: int = 40
+    bound: float = 64.0  # largest absolute value of an update that is accepted
+    precision: str = "float32"  # clear only: float32 | float64
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """Defaults of one client for simulation; a real node's `--node-config` wins."""
+
+    rank: int = 8
+    budget: float = 1.0
+    data_path: str = ""
+    key_file: str = ""
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """Who takes part and how long (`conf/federation/`)."""
+
+    rounds: int = 8
+    fraction: float = 1.0  # share of the available clients asked per round
+    min_clients: int = 2  # wait for this many before the first round
+    min_contributors: int = 2  # an aggregate of fewer is never released
+    wait_timeout: float = 600.0  # seconds to wait for min_clients
+    round_timeout: float = 3600.0  # seconds to wait for the replies of a round
+    compare_local: bool = True  # every client also trains alone, for the final table
+    clients: tuple[ClientSettings, ...] = field(default_factory=lambda: (ClientSettings(),) * 4)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Local training (`conf/training/`)."""
+
+    steps: int = 20  # optimizer steps per round
+    batch_size: int = 8
+    accumulation: int = 1  # batches per optimizer step
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_batch_size: int = 32
+    threads: int = 0  # CPU threads, 0 = torch's own choice
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run."""
+
+    method: MethodSettings = MethodSettings()
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    crypto: CryptoSettings = CryptoSettings()
+    federation: FederationSettings = FederationSettings()
+    training: TrainingSettings = TrainingSettings()
+    name: str = ""  # of the run folder; empty: from the method and Flower's run id
+    seed: int = 0
+    runs_dir: str = ""  # empty: $CIPHERTUNE_HOME/runs, by default ~/.ciphertune/runs
+    record_server_view: bool = False
+    record_updates: bool = False
+
+    def digest(self) -> bytes:
+        """16 bytes over everything that all parties must agree on."""
+        shared = {k: v for k, v in asdict(self).items() if k not in _LOCAL}
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
+
+
+CHOICES = {
+    "method.share": ("both", "alternate", "b_only"),
+    "method.select": ("none", "all"),
+    "method.aggregate": ("separate",),
+    "method.fit_rank": ("nested", "pad"),
+    "model.task": ("causal_lm", "classification"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "data.source": ("embedded", "jsonl", "hf"),
+    "data.partition": ("none", "iid", "dirichlet", "natural"),
+    "crypto.backend": ("clear", "ckks"),
+    "crypto.precision": ("float32", "float64"),
+}
+# inclusive bounds
+RANGES = {
+    "model.rank": (1, 4096),
+    "model.alpha": (1e-6, 1e6),
+    "model.dropout": (0.0, 0.9),
+    "model.max_length": (8, 1_000_000),
+    "data.heldout_fraction": (0.0, 0.9),
+    "data.dirichlet_alpha": (1e-3, 1e6),
+    "data.max_train": (0, 10**9),
+    "data.max_heldout": (0, 10**9),
+    "crypto.bound": (1e-6, 1e9),
+    "federation.rounds": (1, 100_000),
+    "federation.fraction": (1e-6, 1.0),
+    "federation.min_clients": (1, 100_000),
+    "federation.min_contributors": (1, 100_000),
+    "federation.wait_timeout": (1.0, 1e7),
+    "federation.round_timeout": (1.0, 1e7),
+    "training.steps": (1, 1_000_000),
+    "training.batch_size": (1, 1_000_000),
+    "training.accumulation": (1, 1_000_000),
+    "training.learning_rate": (1e-9, 10.0),
+    "training.weight_decay": (0.0, 10.0),
+    "training.max_grad_norm": (1e-6, 1e9),
+    "training.eval_batch_size": (1, 1_000_000),
+    "training.threads": (0, 4096),
+}
+
+
+def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:
+    """Compose `conf_dir`/config.yaml with Hydra overrides (a list, or one string split as a shell would).
+
+    Raises SettingsError with one line that names the offending key or value and the valid ones.
+    """
+    import shlex
+
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    if not (conf_dir / "config.yaml").is_file():
+        raise SettingsError(f"no config.yaml in {conf_dir}: give the folder that holds the configuration groups")
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+        words = [_addable(word, conf_dir) for word in words]
+        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
+            composed = hydra_compose("config", overrides=words)
+        container = OmegaConf.to_container(composed, resolve=True)
+    except Exception as error:  # Hydra and OmegaConf have no common base class
+        raise SettingsError(_hydra_line(error, conf_dir)) from None
+    assert isinstance(container, dict)
+    return from_dict(container)
+
+
+def from_dict(values: dict[str, Any]) -> Settings:
+    """Settings from nested plain values. Raises SettingsError for an unknown key, a wrong type, choice or range."""
+    settings = _build(Settings, values, "")
+    assert isinstance(settings, Settings)
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise SettingsError when a value is outside its choices or range, or two values contradict each other."""
+    for dotted, choices in CHOICES.items():
+        value = _get(settings, dotted)
+        if value not in choices:
+            raise SettingsError(f"{dotted}={value!r} is not one of: {', '.join(choices)}")
+    for dotted, (low, high) in RANGES.items():
+        value = _get(settings, dotted)
+        if not low <= value <= high:
+            raise SettingsError(f"{dotted}={value} is out of range: want {low} to {high}")
+    federation, method, crypto = settings.federation, settings.method, settings.crypto
+    if not federation.clients:
+        raise SettingsError("federation.clients is empty: name at least one client")
+    for number, client in enumerate(federation.clients):
+        if not 1 <= client.rank <= 4096:
+            raise SettingsError(f"federation.clients[{number}].rank={client.rank} is out of range: want 1 to 4096")
+        if not 0.0 <= client.budget <= 1.0:
+            raise SettingsError(f"federation.clients[{number}].budget={client.budget} is out of range: want 0 to 1")
+    if federation.min_contributors > federation.min_clients:
+        raise SettingsError(
+            f"federation.min_contributors={federation.min_contributors} exceeds federation.min_clients="
+            f"{federation.min_clients}: no round could be released"
+        )
+    if method.select == "none" and crypto.backend != "clear":
+        raise SettingsError(f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}")
+    if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
+        raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
+    if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
+        raise SettingsError("model.task=classification needs data.labels, e.g. data.labels=[negative,positive]")
+
+
+def _get(settings: Settings, dotted: str) -> Any:
+    group, key = dotted.split(".")
+    return getattr(getattr(settings, group), key)
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    """`kind` filled from `values`; `where` is the dotted path so far."""
+    import typing
+
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where or 'settings'}={values!r}: want keys and values")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            near = get_close_matches(str(key), hints, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else "."
+            raise SettingsError(f"unknown setting {where}{key}{hint} Valid here: {', '.join(hints)}")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    import typing
+    from dataclasses import is_dataclass
+
+    if is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{where}.")
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list | tuple):
+            raise SettingsError(f"{where}={value!r}: want a list, e.g. {where}=[...]")
+        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # YAML reads a label or a name such as 0 as a number
+    if type(value) is not hint:
+        raise SettingsError(f"{where}={value!r} is of the wrong type: want {hint.__name__}")
+    return value
+
+
+def _addable(word: str, conf_dir: Path) -> str:
+    """Let an override name any key of the dataclasses, in the YAML or not: `_build` reports the unknown ones."""
+    key = word.split("=", 1)[0]
+    is_choice = (conf_dir / key.split("@")[0]).is_dir() or key[:1] in "+~"
+    return word if is_choice else f"++{word}"
+
+
+def _hydra_line(error: Exception, conf_dir: Path) -> str:
+    """Hydra's error as one line that names the valid choices."""
+    text = str(error)
+    missing = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if missing and (conf_dir / missing[1]).is_dir():
+        valid = sorted(p.stem for p in (conf_dir / missing[1]).glob("*.yaml"))
+        near = get_close_matches(missing[2], valid, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        return f"unknown {missing[1]}={missing[2]}{hint} Valid: {', '.join(valid)}"
+    return "bad override: " + " ".join(text.split())[:300]
+
