@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import SettingsError
 
 # What only the party itself needs to know; two parties may differ in it and still work together.
@@ -190,12 +191,14 @@ def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:
         raise SettingsError(f"no config.yaml in {conf_dir}: give the folder that holds the configuration groups")
     try:
         words = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
-        words = [_addable(word, conf_dir) for word in words]
+        words = [_checked(word, conf_dir) for word in words]
         with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
             composed = hydra_compose("config", overrides=words)
         container = OmegaConf.to_container(composed, resolve=True)
+    except SettingsError:
+        raise
     except Exception as error:  # Hydra and OmegaConf have no common base class
-        raise SettingsError(_hydra_line(error, conf_dir)) from None
+        raise SettingsError("bad override: " + " ".join(str(error).split())[:300]) from None
     assert isinstance(container, dict)
     return from_dict(container)
 
@@ -231,12 +234,19 @@ def check(settings: Settings) -> None:
             f"federation.min_contributors={federation.min_contributors} exceeds federation.min_clients="
             f"{federation.min_clients}: no round could be released"
         )
+    if crypto.backend == "ckks":
+        ckks_params(crypto)
     if method.select == "none" and crypto.backend != "clear":
         raise SettingsError(f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}")
     if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
         raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
     if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
         raise SettingsError("model.task=classification needs data.labels, e.g. data.labels=[negative,positive]")
+
+
+def ckks_params(crypto: CryptoSettings) -> CkksParams:
+    """The parameters that the settings ask for. Raises SettingsError when they are unsafe or could overflow."""
+    return CkksParams(crypto.poly_modulus_degree, crypto.coeff_mod_bits, crypto.scale_bits, crypto.bound)
 
 
 def _get(settings: Settings, dotted: str) -> Any:
@@ -279,21 +289,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _addable(word: str, conf_dir: Path) -> str:
-    """Let an override name any key of the dataclasses, in the YAML or not: `_build` reports the unknown ones."""
-    key = word.split("=", 1)[0]
-    is_choice = (conf_dir / key.split("@")[0]).is_dir() or key[:1] in "+~"
-    return word if is_choice else f"++{word}"
-
-
-def _hydra_line(error: Exception, conf_dir: Path) -> str:
-    """Hydra's error as one line that names the valid choices."""
-    text = str(error)
-    missing = re.search(r"Could not find '(\w+)/([^']*)'", text)
-    if missing and (conf_dir / missing[1]).is_dir():
-        valid = sorted(p.stem for p in (conf_dir / missing[1]).glob("*.yaml"))
-        near = get_close_matches(missing[2], valid, n=1)
+def _checked(word: str, conf_dir: Path) -> str:
+    """One override: a choice must exist; any other key is let through, `_build` reports the unknown ones."""
+    key, _, choice = word.partition("=")
+    if not (conf_dir / key).is_dir():
+        return word if key[:1] in "+~" else f"++{word}"
+    valid = sorted(p.stem for p in (conf_dir / key).glob("*.yaml"))
+    if choice not in (*valid, "null"):
+        near = get_close_matches(choice, valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
-        return f"unknown {missing[1]}={missing[2]}{hint} Valid: {', '.join(valid)}"
-    return "bad override: " + " ".join(text.split())[:300]
-
+        raise SettingsError(f"unknown {key}={choice}{hint} Valid: {', '.join(valid)}")
+    return word

@@ -1,0 +1,84 @@
+"""What a client does with each message. All of it is in `ciphertune.client`; this is the door."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from ciphertune import flower
+from ciphertune.errors import CiphertuneError, SettingsMismatchError
+from ciphertune.node import is_simulated, node_settings
+from ciphertune.progress import MARK
+from ciphertune.run_config import settings_of
+
+CONF = Path(__file__).parents[1] / "conf"
+Step = Callable[[Any, dict[str, Any], list[bytes]], tuple[dict[str, Any], list[bytes]]]
+
+app = ClientApp()
+
+
+def answer(message: Message, context: Context, step: Step) -> Message:
+    """Open the client this message is for, take the step, reply. Errors become one line, never a crash of the run."""
+    simulated = is_simulated(context.node_config)
+    name = f"node {context.node_id}"
+    try:
+        values, payload = flower.unpack(message.content)
+        settings = settings_of(CONF, context.run_config)
+        node = node_settings(
+            settings, context.node_config, context.run_id, node_id=context.node_id, client=values.get("client")
+        )
+        name = node.name
+        if values["settings"] != settings.digest().hex():
+            raise SettingsMismatchError("this client's settings differ from the server's: use the same conf and overrides")
+        from ciphertune.client import open_client  # torch and transformers only once they are needed
+
+        return flower.reply(message, *step(open_client(settings, node, context.run_id), values, payload))
+    except CiphertuneError as error:
+        print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
+        return flower.failure(message, error, show=simulated)
+    except Exception as error:  # a defect of ours: the trace stays here, the run goes on without this client
+        logging.getLogger("ciphertune").error("%s", traceback.format_exc())
+        print(f"{MARK} {name}: unexpected {type(error).__name__}; the trace is in this node's log", flush=True)
+        return flower.failure(message, error, show=simulated)
+
+
+@app.query("join")
+def join(message: Message, context: Context) -> Message:
+    """Say who this is, what it can do and what it starts from."""
+    from ciphertune import client
+
+    return answer(message, context, lambda c, values, payload: (client.join(c), []))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round: take the last means, evaluate, train, seal."""
+    from ciphertune import client
+
+    def step(c: Any, values: dict[str, Any], payload: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
+        update, report = client.train_round(c, client.task(values), payload)
+        return report, [update]
+
+    return answer(message, context, step)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The end: take the last mean, evaluate, save the adapter."""
+    from ciphertune import client
+
+    return answer(message, context, lambda c, values, payload: (client.finish(c, client.task(values), payload), []))
+
+
+@app.train("alone")
+def alone(message: Message, context: Context) -> Message:
+    """Train without the others, for comparison."""
+    from ciphertune import client
+
+    return answer(message, context, lambda c, values, payload: (client.alone(c, client.task(values).rounds), []))

@@ -1,0 +1,39 @@
+"""The server: it composes the settings, opens the run folder and hands over to the strategy. It holds no key."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from ciphertune.errors import CiphertuneError
+from ciphertune.node import run_folder
+from ciphertune.progress import MARK
+from ciphertune.run_config import settings_of
+from ciphertune.runs import ServerFolder
+from server_app.strategy import EncryptedLora
+
+CONF = Path(__file__).parents[1] / "conf"
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation. An error ends the run as failed, after one clear line."""
+    start = time.perf_counter()
+    try:
+        settings = settings_of(CONF, context.run_config)
+        folder = ServerFolder(run_folder(settings, context.run_id))
+        folder.start(settings, str(context.run_config.get("overrides", "")))
+    except CiphertuneError as error:
+        print(f"{MARK} {type(error).__name__}: {error}", flush=True)
+        raise RuntimeError(str(error)) from None
+    strategy = EncryptedLora(settings, folder, context.run_id)
+    try:
+        strategy.run(grid)
+    except BaseException as error:
+        strategy.fail(error, time.perf_counter() - start)
+        raise

@@ -1,0 +1,46 @@
+"""Settings -> public parts. With `build_client` the only place where a name is looked up. Safe for the server."""
+
+from __future__ import annotations
+
+from ciphertune.crypto.base import PublicPart
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.plan import HeadShape, LayerShape, Plan
+from ciphertune.settings import CryptoSettings, Settings, ckks_params
+from ciphertune.wire import Session
+
+
+def public_part(crypto: CryptoSettings) -> PublicPart:
+    """The public half of the chosen backend."""
+    if crypto.backend == "clear":
+        return ClearPublic(crypto.precision)
+    from ciphertune.crypto.ckks import CkksPublic
+
+    return CkksPublic(ckks_params(crypto))
+
+
+def make_plan(
+    settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], max_rank: int
+) -> Plan:
+    """The plan that follows from the settings and the shapes of the model. Every party makes the same one."""
+    return Plan(
+        layers=layers,
+        heads=heads,
+        scale=settings.model.alpha / settings.model.rank,
+        max_rank=max_rank,
+        share=settings.method.share,
+        select=settings.method.select,
+        fit_rank=settings.method.fit_rank,
+    )
+
+
+def session(settings: Settings, plan: Plan, *, run: int, key_fingerprint: bytes) -> Session:
+    """What all messages of a run have in common."""
+    return Session(
+        run=run,
+        plan=plan,
+        settings_digest=settings.digest(),
+        key_fingerprint=key_fingerprint,
+        public=public_part(settings.crypto),
+        clear=ClearPublic(settings.crypto.precision),
+        bound=settings.crypto.bound,
+    )

@@ -1,0 +1,33 @@
+"""Settings -> what only a client may hold. The server never imports this file."""
+
+from __future__ import annotations
+
+from ciphertune.crypto import keys
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.crypto.clear_secret import ClearSecret
+from ciphertune.crypto.secret import SecretKey, SecretPart
+from ciphertune.node import NodeSettings
+from ciphertune.settings import CryptoSettings, ckks_params
+
+
+def generate_key(crypto: CryptoSettings) -> SecretKey:
+    """A fresh key for the chosen backend."""
+    from ciphertune.crypto.ckks_secret import generate_key
+
+    return generate_key(ckks_params(crypto))
+
+
+def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
+    """The client's half of the backend, with the node's key. In simulation the first client makes the key.
+
+    Raises KeyFileError.
+    """
+    if crypto.backend == "clear":
+        return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
+    from ciphertune.crypto.ckks_secret import CkksSecret
+
+    if node.simulated:
+        key = keys.load_or_create(node.key_file, lambda: generate_key(crypto))
+    else:
+        key = keys.load(node.key_file)
+    return CkksSecret(ckks_params(crypto), key)

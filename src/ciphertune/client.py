@@ -1,0 +1,221 @@
+"""One client of one run. Flower starts a new process per message, so everything it knows lies in files of its node.
+
+    <run>/clients/<node>/state/adapter.safetensors     the last mean it was given, with the round it came from
+    <run>/clients/<node>/state/optimizer.safetensors   AdamW's moments
+    <run>/clients/<node>/adapter/                      the finished adapter, a PEFT folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ciphertune import exchange
+from ciphertune.adapter import Adapter
+from ciphertune.build import make_plan, session
+from ciphertune.build_client import secret_part
+from ciphertune.crypto.secret import SecretPart
+from ciphertune.errors import FormatError, PlanMismatchError
+from ciphertune.lm import data as lm_data
+from ciphertune.lm import evaluate as lm_evaluate
+from ciphertune.lm import model as lm_model
+from ciphertune.lm import train as lm_train
+from ciphertune.node import NodeSettings
+from ciphertune.plan import HeadShape, LayerShape, Plan
+from ciphertune.progress import Progress
+from ciphertune.settings import Settings
+from ciphertune.state import load_state, record, save_state
+from ciphertune.versions import code_digest, versions
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client in one message. Public; it comes over the wire."""
+
+    round: int
+    sender: int  # the number the server gave this client
+    total: int  # samples of all clients asked
+    max_rank: int  # of the plan
+    base: int  # the round whose mean the server believes this client to hold, -1 for none
+    aggregates: tuple[tuple[int, int], ...]  # (round, rank) of each aggregate that comes along, oldest first
+    rounds: int
+
+
+def task(values: dict[str, Any]) -> Task:
+    """The task in a message. Raises FormatError."""
+    try:
+        numbers = {k: int(values[k]) for k in ("round", "sender", "total", "max_rank", "base", "rounds")}
+        return Task(aggregates=tuple((int(r), int(k)) for r, k in values["aggregates"]), **numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError("the server's task is not readable") from error
+
+
+@dataclass
+class Client:
+    """The parts that the messages of one client share, opened once per process and message."""
+
+    settings: Settings
+    node: NodeSettings
+    run: int
+    model: lm_model.LoraModel
+    data: lm_data.ClientData
+    secret: SecretPart
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds inside to `stage`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def plan(self, max_rank: int) -> Plan:
+        """The plan as this client understands its own settings and model. The server cannot make it send in the clear."""
+        layers, heads = shapes(self.model.read())
+        return make_plan(self.settings, layers, heads, max_rank)
+
+
+def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
+    """Key, then data, then model: the cheap mistakes are found first. Raises CiphertuneError."""
+    start = time.perf_counter()
+    secret = secret_part(settings.crypto, node)
+    tokenizer = lm_model.load_tokenizer(settings.model)
+    data = lm_data.load_client_data(
+        settings.data, settings.model, tokenizer, client=node.index, clients=node.clients, path=node.data_path
+    )
+    model = lm_model.load(
+        settings.model, rank=node.rank, labels=settings.data.labels, device=node.device, seed=settings.seed
+    )
+    return Client(settings, node, run, model, data, secret, {"load": time.perf_counter() - start})
+
+
+def shapes(adapter: Adapter) -> tuple[tuple[LayerShape, ...], tuple[HeadShape, ...]]:
+    """What a plan says of an adapter, independent of its rank."""
+    layers = tuple(LayerShape(name, f.b.shape[0], f.a.shape[1]) for name, f in adapter.layers.items())
+    return layers, tuple(HeadShape(name, h.shape) for name, h in adapter.heads.items())
+
+
+def join(client: Client) -> dict[str, Any]:
+    """What the server must know to make the plan, as plain values."""
+    initial = client.model.read()
+    layers, heads = shapes(initial)
+    return {
+        "name": client.node.name,
+        "index": client.node.index,
+        "simulated": client.node.simulated,
+        "rank": client.node.rank,
+        "samples": len(client.data.train),
+        "heldout": len(client.data.heldout),
+        "data": client.data.description if client.node.simulated else "",
+        "layers": [[x.name, x.m, x.n] for x in layers],
+        "heads": [[h.name, list(h.shape)] for h in heads],
+        "key": client.secret.fingerprint.hex(),
+        "parameters": client.secret.public.digest().hex(),
+        "settings": client.settings.digest().hex(),
+        "code": code_digest(),
+        "initial": initial_digest(initial),
+        "versions": versions(),
+    }
+
+
+def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
+    adapter = _catch_up(client, task, received)
+    client.model.write(adapter)
+    report = _evaluate(client)
+    plan = client.plan(task.max_rank)
+    factors = plan.factors(task.round)
+    client.model.freeze("" if len(factors) == 2 else "a" if factors == ("b",) else "b")
+    progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
+    with client.timed("train"):
+        result = lm_train.train(
+            client.model,
+            client.data.train,
+            client.settings.training,
+            seed=seed(client, task.round),
+            state=client.node.folder / "state" / "optimizer.safetensors",
+            progress=progress,
+        )
+    update = client.model.read()
+    if client.settings.record_updates:
+        record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
+    with client.timed("seal"):
+        data = exchange.seal(
+            update,
+            session(client.settings, plan, run=client.run, key_fingerprint=client.secret.fingerprint),
+            client.secret,
+            round_=task.round,
+            sender=task.sender,
+            samples=len(client.data.train),
+            total=task.total,
+        )
+    return data, report | {"train_loss": result.loss, "samples": result.samples, "seconds": client.seconds}
+
+
+def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
+    """Take the last mean, measure it, and leave it as a PEFT folder."""
+    client.model.write(_catch_up(client, task, received))
+    report = _evaluate(client)
+    with client.timed("save"):
+        client.model.save(client.node.folder / "adapter")
+    return report | {"seconds": client.seconds}
+
+
+def alone(client: Client, rounds: int) -> dict[str, Any]:
+    """The same number of steps from the same start without the others: what joining must beat. Nothing is kept."""
+    progress = Progress(client.node.name, "alone")
+    with client.timed("train"):
+        training = replace(client.settings.training, steps=client.settings.training.steps * rounds)
+        client.model.freeze("")
+        lm_train.train(client.model, client.data.train, training, seed=seed(client, 0), progress=progress)
+    return _evaluate(client) | {"seconds": client.seconds}
+
+
+def seed(client: Client, round_: int) -> int:
+    """Seed of one client's batches in one round, from the run's seed and the client's name."""
+    text = f"{client.settings.seed} {client.node.name} {round_}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def initial_digest(adapter: Adapter) -> str:
+    """Digest of the first component of every layer and of the heads: all clients must start from the same adapter."""
+    total = hashlib.sha256()
+    for name, factors in adapter.layers.items():
+        total.update(name.encode() + np.ascontiguousarray(factors.a[0], np.float32).tobytes())
+    for name, head in adapter.heads.items():
+        total.update(name.encode() + np.ascontiguousarray(head, np.float32).tobytes())
+    return total.hexdigest()[:16]
+
+
+def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> Adapter:
+    """This node's adapter after the aggregates that came along. Raises PlanMismatchError when it lacks earlier ones."""
+    path = client.node.folder / "state" / "adapter.safetensors"
+    adapter, at = load_state(path, client.model.read())
+    if at < task.base:
+        raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
+    if len(task.aggregates) != len(received):
+        raise PlanMismatchError(f"{len(received)} aggregates came along where {len(task.aggregates)} were announced")
+    link = session(
+        client.settings, client.plan(task.max_rank), run=client.run, key_fingerprint=client.secret.fingerprint
+    )
+    with client.timed("unseal"):
+        for (round_, rank), data in zip(task.aggregates, received, strict=True):
+            adapter, _ = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
+            at = round_
+    if received:
+        save_state(path, adapter, at)
+        if client.settings.record_updates:
+            record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
+    return adapter
+
+
+def _evaluate(client: Client) -> dict[str, Any]:
+    with client.timed("evaluate"):
+        found = lm_evaluate.evaluate(client.model, client.data.heldout, client.settings.training)
+    return {"loss": found.loss, "metrics": dict(found.metrics), "heldout": found.samples, "tokens": found.tokens}

@@ -1,0 +1,1 @@
+"""Encryption: knows numbers and keys, not models."""

@@ -1,0 +1,54 @@
+"""What the server may hold. No argument and no result of anything here can carry a secret.
+
+The client's counterpart, which holds a key, is `SecretPart` in `crypto/secret.py`; the server never imports it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Aggregator(Protocol):
+    """A running sum of encrypted vectors.
+
+    Vectors may differ in length: a client of lower rank has fewer blocks, and block i is the sum over those that have it.
+    """
+
+    def add(self, body: bytes) -> None:
+        """Add one vector, a whole number of blocks. Raises WireError on bytes that are no vector; the sum is unchanged."""
+
+    def blocks(self) -> int:
+        """Blocks of the longest vector so far."""
+
+    def result(self, blocks: int) -> bytes:
+        """The first `blocks` blocks of the sum, `blocks * public.block_bytes` bytes."""
+
+
+class PublicPart(Protocol):
+    """The public half of a backend: sizes, digest, bounds and sums."""
+
+    @property
+    def slots(self) -> int:
+        """Values in one block."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on the wire, up and down."""
+
+    @property
+    def encrypts(self) -> bool:
+        """False for the oracle backend, whose blocks anybody reads."""
+
+    def digest(self) -> bytes:
+        """16 bytes over the parameters and the byte layout."""
+
+    def error_bound(self, contributors: int, magnitude: float) -> float:
+        """Largest absolute error of a decrypted sum of `contributors` vectors whose sum is at most `magnitude`."""
+
+    def aggregator(self) -> Aggregator:
+        """An empty sum."""
+
+
+def blocks_for(public: PublicPart, values: int) -> int:
+    """Blocks that `values` values take."""
+    return -(-values // public.slots)

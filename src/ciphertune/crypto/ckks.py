@@ -1,0 +1,132 @@
+"""CKKS through TenSEAL's CKKSVector, the public half: contexts without any key, checked parsing, sums.
+
+The server uses this file. It builds its context from the parameters alone, so no key ever exists in its process, and it
+only adds; Galois and relinearisation keys are never made because nothing here rotates or multiplies ciphertexts.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from typing import Any
+
+import tenseal as ts
+import tenseal.sealapi as seal
+
+from ciphertune.crypto import codec
+from ciphertune.crypto.base import Aggregator
+from ciphertune.crypto.params import CkksParams
+from ciphertune.errors import FormatError
+
+_SYMMETRIC = 1  # TenSEAL's encryption type, field 4 of its context
+
+
+class CkksPublic:
+    """Sizes, digest and sums of CKKS ciphertexts: one block is one ciphertext of N/2 values."""
+
+    encrypts = True
+
+    def __init__(self, params: CkksParams) -> None:
+        self.params = params
+        self.slots = params.slots
+        self.block_bytes = params.block_bytes
+        self.context = context(params)
+        self.moduli = moduli(params)
+        self.scale = 2.0**params.scale_bits
+        self._scratch = codec.Scratch()
+        first = self.context.seal_context().data.first_parms_id()
+        self._parms_id = struct.pack("<4Q", *first)
+
+    def digest(self) -> bytes:
+        """16 bytes over the parameters."""
+        return self.params.digest()
+
+    def error_bound(self, contributors: int, magnitude: float) -> float:
+        """See `CkksParams.error_bound`."""
+        return self.params.error_bound(contributors, magnitude)
+
+    def aggregator(self) -> Aggregator:
+        """An empty sum."""
+        return CkksSum(self)
+
+    def vectors(self, body: bytes, count: int | None = None) -> list[Any]:
+        """Checked wire blocks -> CKKSVector each, in the keyless context. Raises FormatError."""
+        return [ts.ckks_vector_from(self.context, proto) for proto in self.protos(body, count)]
+
+    def protos(self, body: bytes, count: int | None = None) -> list[bytes]:
+        """Checked wire blocks -> TenSEAL protobuf each; `count` values in all, every slot of every block by default."""
+        if len(body) % self.block_bytes:
+            raise FormatError(f"{len(body)} bytes are no whole number of {self.block_bytes}-byte ciphertexts")
+        blocks = len(body) // self.block_bytes
+        count = blocks * self.slots if count is None else count
+        if -(-count // self.slots) != blocks:
+            raise FormatError(f"{blocks} ciphertexts where the plan has {-(-count // self.slots)}")
+        return [
+            self._proto(body[i * self.block_bytes : (i + 1) * self.block_bytes], min(self.slots, count - i * self.slots))
+            for i in range(blocks)
+        ]
+
+    def _proto(self, block: bytes, count: int) -> bytes:
+        residues = codec.unpack(block, self.moduli, self.params.widths, self.params.poly_modulus_degree)
+        blob = codec.seal_ciphertext(residues, self._parms_id, self.scale)
+        return codec.tenseal_vector(blob, count, self.scale)
+
+    def block(self, vector: Any) -> bytes:
+        """One CKKSVector of one ciphertext -> wire block."""
+        (ciphertext,) = vector.ciphertext()
+        shape = (2, len(self.moduli), self.params.poly_modulus_degree)
+        if (ciphertext.size(), ciphertext.coeff_modulus_size(), ciphertext.poly_modulus_degree()) != shape:
+            raise FormatError(f"unexpected ciphertext shape: want {shape}")
+        body = codec.blob_body(self._scratch.saved(ciphertext.save))
+        words = codec.tail_words(body, shape[0] * shape[1] * shape[2])
+        return codec.pack(words.reshape(shape), self.params.widths)
+
+
+class CkksSum:
+    """A running sum of vectors of ciphertexts."""
+
+    def __init__(self, public: CkksPublic) -> None:
+        self._public = public
+        self._sum: list[Any] = []
+
+    def add(self, body: bytes) -> None:
+        """Add one vector; see `Aggregator.add`."""
+        new = self._public.vectors(body)
+        try:
+            # not in place: a refusal halfway must leave the sum as it was
+            both = [old + term for old, term in zip(self._sum, new, strict=False)]
+        except Exception as error:  # TenSEAL raises ValueError or RuntimeError, without a common base
+            raise FormatError("TenSEAL refused to add a ciphertext") from error
+        self._sum = both + self._sum[len(new) :] + new[len(both) :]
+
+    def blocks(self) -> int:
+        """Ciphertexts of the longest vector so far."""
+        return len(self._sum)
+
+    def result(self, blocks: int) -> bytes:
+        """The first `blocks` ciphertexts of the sum."""
+        return b"".join(self._public.block(v) for v in self._sum[:blocks])
+
+
+def moduli(params: CkksParams) -> tuple[int, ...]:
+    """The data primes, as SEAL chooses them."""
+    primes = seal.CoeffModulus.Create(params.poly_modulus_degree, list(params.coeff_mod_bits))
+    return tuple(p.value() for p in primes[:-1])
+
+
+def context_bytes(params: CkksParams) -> bytes:
+    """TenSEAL's protobuf of a context with no key in it: 1 parameters, 2 flags and scale, 4 encryption type."""
+    parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
+    parameters.set_poly_modulus_degree(params.poly_modulus_degree)
+    parameters.set_coeff_modulus(
+        seal.CoeffModulus.Create(params.poly_modulus_degree, list(params.coeff_mod_bits))
+    )
+    blob = codec.Scratch().saved(parameters.save)
+    flags = codec.varint(2 << 3) + codec.varint(7) + codec.varint(3 << 3 | 1) + struct.pack("<d", 2.0**params.scale_bits)
+    return codec.field(1, blob) + codec.field(2, flags) + codec.varint(4 << 3) + codec.varint(_SYMMETRIC)
+
+
+@cache
+def context(params: CkksParams) -> Any:
+    """A TenSEAL context that can add and nothing else."""
+    return ts.context_from(context_bytes(params), n_threads=1)

@@ -1,0 +1,79 @@
+"""CKKS through TenSEAL's CKKSVector, the client's half: key generation, encryption, decryption."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tenseal as ts
+
+from ciphertune.crypto import codec
+from ciphertune.crypto.ckks import CkksPublic, context_bytes
+from ciphertune.crypto.params import CkksParams
+from ciphertune.crypto.secret import SecretKey, check_range
+from ciphertune.errors import KeyFileError
+
+
+def generate_key(params: CkksParams) -> SecretKey:
+    """A fresh ternary secret key from SEAL's own generator (which seeds itself from the operating system).
+
+    The material is the key's residues modulo every prime, in NTT order: a file format of ours, not TenSEAL's bytes.
+    """
+    fresh = ts.context(
+        ts.SCHEME_TYPE.CKKS,
+        params.poly_modulus_degree,
+        coeff_mod_bit_sizes=list(params.coeff_mod_bits),
+        encryption_type=ts.ENCRYPTION_TYPE.SYMMETRIC,
+        n_threads=1,
+    )
+    body = codec.blob_body(codec.Scratch().saved(fresh.secret_key().data.save))
+    words = codec.tail_words(body, params.poly_modulus_degree * len(params.coeff_mod_bits))
+    return SecretKey(words.tobytes(), params.digest())
+
+
+class CkksSecret:
+    """Encrypts and decrypts under one key. Symmetric: there is no public key and none is needed."""
+
+    def __init__(self, params: CkksParams, key: SecretKey) -> None:
+        if key.params_digest != params.digest():
+            raise KeyFileError(
+                f"key {key.fingerprint.hex()} was made for other encryption parameters: "
+                "create one with the crypto settings of this run"
+            )
+        self.public = CkksPublic(params)
+        self.fingerprint = key.fingerprint
+        self._context = _secret_context(params, key)
+        self._bound = params.bound
+
+    def encrypt(self, values: npt.NDArray[np.float64]) -> bytes:
+        """Values -> ceil(count / slots) ciphertexts, the last one padded with zeros."""
+        check_range(values, self._bound)
+        slots = self.public.slots
+        padded = np.zeros(-(-values.size // slots) * slots)
+        padded[: values.size] = values
+        return b"".join(
+            self.public.block(ts.ckks_vector(self._context, chunk)) for chunk in padded.reshape(-1, slots).tolist()
+        )
+
+    def decrypt(self, body: bytes, count: int) -> npt.NDArray[np.float64]:
+        """The first `count` values. Lengths come from the caller, never from the bytes."""
+        out: list[float] = []
+        for proto in self.public.protos(body, count):
+            out += ts.ckks_vector_from(self._context, proto).decrypt()
+        return np.array(out[:count], np.float64)
+
+    def __repr__(self) -> str:
+        return f"CkksSecret(fingerprint={self.fingerprint.hex()})"
+
+
+def _secret_context(params: CkksParams, key: SecretKey) -> Any:
+    """The keyless context with the secret key appended to its protobuf (field 3)."""
+    words = np.frombuffer(key.reveal(), "<u8")
+    expected = params.poly_modulus_degree * len(params.coeff_mod_bits)
+    if words.size != expected:
+        raise KeyFileError(f"key {key.fingerprint.hex()} has {words.size} residues where {expected} are expected")
+    parms_id = CkksPublic(params).context.seal_context().data.key_parms_id()
+    blob = codec.seal_secret_key(words.reshape(len(params.coeff_mod_bits), -1), struct.pack("<4Q", *parms_id))
+    return ts.context_from(context_bytes(params) + codec.field(3, codec.field(1, blob)), n_threads=1)

@@ -1,0 +1,146 @@
+"""Ciphertext residues <-> bytes, and the SEAL blobs built from them.
+
+On the wire a ciphertext is nothing but its residues, so that its length is known beforehand and every value can be
+checked. SEAL and TenSEAL only ever parse blobs that were written here:
+
+    wire block       c0 mod q_0 .. c0 mod q_L | c1 mod q_0 .. c1 mod q_L     N residues each, ceil(bits / 8) bytes, LE
+    SEAL ciphertext  header 16 | parms_id 32 | ntt 1 | polys 8 | N 8 | primes 8 | scale 8 | factor 8 | array
+    SEAL array       header 16 | count 8 | count * 8                         (uncompressed, SEAL 4.1)
+    TenSEAL vector   protobuf: 1 sizes (packed varints), 2 ciphertext (bytes), 3 scale (double)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from ciphertune.errors import FormatError
+
+Residues = npt.NDArray[np.uint64]
+
+_SEAL_MAGIC = 0xA15E
+_HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, major, minor, compression, reserved, total size
+_META = struct.Struct("<32sBQQQdQ")
+
+
+def pack(residues: Residues, widths: Sequence[int]) -> bytes:
+    """Residues of shape (polys, primes, N) -> bytes, each cut to its prime's width."""
+    raw = np.ascontiguousarray(residues, dtype="<u8").view(np.uint8).reshape(*residues.shape, 8)
+    return b"".join(np.ascontiguousarray(p[i, :, :w]).tobytes() for p in raw for i, w in enumerate(widths))
+
+
+def unpack(block: bytes, moduli: Sequence[int], widths: Sequence[int], degree: int) -> Residues:
+    """One wire block -> residues of shape (2, primes, degree).
+
+    Raises FormatError for a wrong length, a residue not below its prime, or an all-zero second polynomial (such a
+    "ciphertext" hides nothing and makes SEAL refuse the sum).
+    """
+    if len(block) != 2 * degree * sum(widths):
+        raise FormatError(f"a ciphertext of {len(block)} bytes where {2 * degree * sum(widths)} are expected")
+    out = np.zeros((2, len(moduli), degree, 8), np.uint8)
+    at = 0
+    for poly in range(2):
+        for i, width in enumerate(widths):
+            size = degree * width
+            out[poly, i, :, :width] = np.frombuffer(block, np.uint8, size, at).reshape(degree, width)
+            at += size
+    residues = out.view("<u8")[..., 0]
+    if (residues.max(axis=(0, 2)) >= np.array(moduli, np.uint64)).any():
+        raise FormatError("a ciphertext holds a residue that is not below its modulus")
+    if not residues[1].any():
+        raise FormatError("a ciphertext whose second polynomial is zero hides nothing")
+    return residues
+
+
+def seal_ciphertext(residues: Residues, parms_id: bytes, scale: float) -> bytes:
+    """A SEAL ciphertext blob from residues of shape (2, primes, N) in NTT form."""
+    polys, primes, degree = residues.shape
+    meta = _META.pack(parms_id, 1, polys, degree, primes, scale, 1)
+    return _with_header(meta + seal_array(residues))
+
+
+def seal_array(residues: Residues) -> bytes:
+    """SEAL's serialised array of 64-bit words."""
+    data = residues.astype("<u8").tobytes()
+    return _with_header(struct.pack("<Q", len(data) // 8) + data)
+
+
+def seal_secret_key(residues: Residues, parms_id: bytes) -> bytes:
+    """A SEAL secret key blob (a plaintext in NTT form) from residues of shape (primes, N)."""
+    meta = struct.pack("<32sQd", parms_id, residues.size, 1.0)
+    return _with_header(meta + seal_array(residues))
+
+
+def blob_body(blob: bytes) -> bytes:
+    """The body of a SEAL blob that this process has just saved, decompressed where SEAL compressed it."""
+    _, size, _, _, compression, _, total = _HEADER.unpack_from(blob)
+    if total != len(blob) or compression not in (0, 2):
+        raise FormatError("unexpected SEAL blob: this build of TenSEAL is not the pinned one")
+    body = blob[size:]
+    return zstandard.ZstdDecompressor().decompressobj().decompress(body) if compression == 2 else body
+
+
+def tail_words(body: bytes, words: int) -> Residues:
+    """The last `words` 64-bit words of a SEAL body: its array."""
+    return np.frombuffer(body, "<u8", words, len(body) - 8 * words)
+
+
+def tenseal_vector(blob: bytes, count: int, scale: float) -> bytes:
+    """TenSEAL's protobuf of a vector with one ciphertext."""
+    return field(1, varint(count)) + field(2, blob) + varint(3 << 3 | 1) + struct.pack("<d", scale)
+
+
+def field(number: int, data: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def varint(value: int) -> bytes:
+    """A protobuf varint."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes(out) + bytes([value])
+
+
+class Scratch:
+    """A file in memory: SEAL's Python binding saves and loads by path only, and a key must not touch the disk."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self._fd = os.memfd_create("ciphertune", os.MFD_CLOEXEC)
+            self.path = f"/proc/self/fd/{self._fd}"
+        else:  # not Linux: a private file, removed at the end
+            self._fd, self.path = tempfile.mkstemp(prefix="ciphertune-")
+
+    def saved(self, save: Callable[[str], object]) -> bytes:
+        """What `save(path)` writes."""
+        os.ftruncate(self._fd, 0)
+        save(self.path)
+        data = Path(self.path).read_bytes()
+        os.ftruncate(self._fd, 0)
+        return data
+
+    def holding(self, blob: bytes) -> str:
+        """A path under which `blob` can be loaded until the next call."""
+        os.ftruncate(self._fd, 0)
+        Path(self.path).write_bytes(blob)
+        return self.path
+
+    def __del__(self) -> None:
+        os.ftruncate(self._fd, 0)
+        os.close(self._fd)
+        if not self.path.startswith("/proc/"):
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _with_header(body: bytes) -> bytes:
+    return _HEADER.pack(_SEAL_MAGIC, _HEADER.size, 4, 3, 0, 0, _HEADER.size + len(body)) + body

@@ -1,0 +1,91 @@
+"""CKKS parameters: derived facts, and the checks that refuse unsafe or overflowing ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from ciphertune.errors import SettingsError
+
+# Largest log2 of the whole modulus for 128-bit security with a ternary secret, by ring degree
+# ("Security Guidelines for Implementing Homomorphic Encryption", 2024, table 5.2).
+SECURITY_128 = {2048: 53, 4096: 106, 8192: 214, 16384: 430}
+
+# TenSEAL versions do not read each other's bytes, so the version is part of what must agree.
+LIBRARY = "tenseal 0.3.18"
+
+# SEAL draws noise from a centred binomial distribution with variance 42/4; rounding to integers adds at most 1/4.
+_NOISE_VARIANCE = 10.75
+# A slot is a signed sum of N independent such terms: more than 9 standard deviations has probability below 2^-57.
+_DEVIATIONS = 9.0
+
+
+@dataclass(frozen=True)
+class CkksParams:
+    """Parameters of CKKS (Cheon, Kim, Kim, Song, ASIACRYPT 2017).
+
+    poly_modulus_degree: N, twice the slots.  coeff_mod_bits: bits of each prime, the last one is SEAL's special prime.
+    scale_bits: log2 of the encoding scale.  bound: largest absolute value of a plaintext sum.
+    Raises SettingsError when security falls under 128 bit or a sum could wrap around the modulus.
+    """
+
+    poly_modulus_degree: int
+    coeff_mod_bits: tuple[int, ...]
+    scale_bits: int
+    bound: float
+
+    def __post_init__(self) -> None:
+        degree, bits = self.poly_modulus_degree, self.coeff_mod_bits
+        if degree not in SECURITY_128:
+            raise SettingsError(
+                f"crypto.poly_modulus_degree={degree} is not one of: {', '.join(map(str, SECURITY_128))}"
+            )
+        if len(bits) < 2 or not all(14 <= b <= 60 for b in bits):
+            raise SettingsError(f"crypto.coeff_mod_bits={list(bits)}: want two or more primes of 14 to 60 bits")
+        if sum(bits) > SECURITY_128[degree]:
+            raise SettingsError(
+                f"crypto.coeff_mod_bits={list(bits)} add up to {sum(bits)}, above the {SECURITY_128[degree]} "
+                f"that 128-bit security allows at poly_modulus_degree={degree}"
+            )
+        # Weights are at most 1 and sum to at most 1, so a weighted sum is no larger than its largest term.
+        room = self.data_bits - 2 - self.scale_bits
+        if self.scale_bits < 10 or math.log2(self.bound) > room:
+            raise SettingsError(
+                f"crypto.bound={self.bound:g} at scale_bits={self.scale_bits} could wrap around the "
+                f"{self.data_bits}-bit modulus: lower the bound to {2.0**room:g} or lower scale_bits"
+            )
+
+    @property
+    def data_bits(self) -> int:
+        """Bits of the modulus that carries data: all primes but the special one."""
+        return sum(self.coeff_mod_bits[:-1])
+
+    @property
+    def slots(self) -> int:
+        """Real values in one ciphertext."""
+        return self.poly_modulus_degree // 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bytes of one residue on the wire, per data prime."""
+        return tuple(-(-b // 8) for b in self.coeff_mod_bits[:-1])
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one ciphertext on the wire: two polynomials of N residues per data prime."""
+        return 2 * self.poly_modulus_degree * sum(self.widths)
+
+    def digest(self) -> bytes:
+        """16 bytes over everything that both ends must share to read each other."""
+        text = json.dumps({"layout": 1, "library": LIBRARY, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()[:16]
+
+    def error_bound(self, contributors: int, magnitude: float) -> float:
+        """Absolute error of a decrypted sum of `contributors` ciphertexts, except with probability below 2^-57 a slot.
+
+        Fresh symmetric noise per term, plus float64 rounding of encoder and decoder relative to `magnitude`.
+        """
+        noise = math.sqrt(contributors * self.poly_modulus_degree * _NOISE_VARIANCE) / 2.0**self.scale_bits
+        return _DEVIATIONS * noise + magnitude * 2.0**-46

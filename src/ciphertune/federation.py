@@ -1,0 +1,201 @@
+"""Who takes part, on the server's side: admission, the plan, weights, and what each client still has to be sent."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ciphertune import wire
+from ciphertune.aggregation import SeparateSum, cut
+from ciphertune.build import make_plan, session
+from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
+from ciphertune.plan import FACTORS, HeadShape, LayerShape, Plan
+from ciphertune.ranks import Contributor
+from ciphertune.settings import Settings
+from ciphertune.versions import code_digest
+
+_HEX = re.compile(r"[0-9a-f]{16,64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself when it joins, checked."""
+
+    node_id: int
+    client: int | None  # which client a simulated node plays
+    name: str
+    rank: int
+    samples: int
+    simulated: bool
+    key: bytes
+    parameters: str
+    settings: str
+    code: str
+    initial: str
+    layers: tuple[LayerShape, ...]
+    heads: tuple[HeadShape, ...]
+
+
+@dataclass
+class Member:
+    """An admitted client. number: its sender id on the wire, from 1. have: the last round whose mean it holds."""
+
+    number: int
+    hello: Hello
+    have: int = -1
+
+    @property
+    def name(self) -> str:
+        """Its name in logs and files."""
+        return self.hello.name
+
+    @property
+    def contributor(self) -> Contributor:
+        """Its rank and weight."""
+        return Contributor(self.hello.rank, self.hello.samples)
+
+
+def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hello:
+    """Check what came over the wire. Raises FormatError."""
+    try:
+        hello = Hello(
+            node_id=node_id,
+            client=client,
+            name=str(values["name"]),
+            rank=int(values["rank"]),
+            samples=int(values["samples"]),
+            simulated=bool(values["simulated"]),
+            key=bytes.fromhex(values["key"]),
+            **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial")},
+            layers=tuple(LayerShape(str(n), int(m), int(k)) for n, m, k in values["layers"]),
+            heads=tuple(HeadShape(str(n), tuple(int(d) for d in s)) for n, s in values["heads"]),
+        )
+        Plan.from_json(Plan(hello.layers, hello.heads, 1.0, hello.rank, "both", "none", "pad").to_json())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError("the client's greeting is not readable") from error
+    digests = (hello.parameters, hello.settings, hello.code, hello.initial)
+    if not _NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
+        raise FormatError("the client's greeting is not readable")
+    if not 1 <= hello.samples <= 10**12:
+        raise FormatError(f"{hello.name} has {hello.samples} training examples: at least one is needed")
+    return hello
+
+
+class Federation:
+    """Members, plan and history of one run. Holds nothing secret."""
+
+    def __init__(self, settings: Settings, run: int) -> None:
+        self.settings, self.run = settings, run
+        self.members: list[Member] = []
+        self.session: wire.Session | None = None
+        self._history: list[wire.Message] = []  # oldest first; only what some client might still need
+        self._random = random.Random(settings.seed)  # noqa: S311 - sampling of clients, not a secret
+
+    def settle(self, hellos: Sequence[Hello]) -> list[tuple[Hello, str]]:
+        """Make the plan from the first greetings. Returns those left out, each with the reason.
+
+        Clients with different keys, models or starting points cannot be summed; the largest group that agrees stays.
+        Raises FederationError when there is no largest one.
+        """
+        groups = Counter(_common(h) for h in hellos).most_common()
+        if len(groups) > 1 and groups[0][1] == groups[1][1]:
+            one, two = (next(h for h in hellos if _common(h) == g) for g, _ in groups[:2])
+            raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
+        first = next(h for h in hellos if _common(h) == groups[0][0])
+        agreed = [h for h in hellos if _common(h) == groups[0][0]]
+        plan = make_plan(self.settings, first.layers, first.heads, max(h.rank for h in agreed))
+        self.session = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
+        if first.parameters != self.session.public.digest().hex():
+            raise FederationError("the clients' encryption library or parameters differ from the server's")
+        refused: list[tuple[Hello, str]] = []
+        for hello in hellos:
+            try:
+                self.admit(hello)
+            except (FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError) as error:
+                refused.append((hello, str(error)))
+        return refused
+
+    def admit(self, hello: Hello) -> Member:
+        """Take in one client under the settled plan. Raises the error that says why not."""
+        assert self.session is not None
+        plan = self.session.plan
+        if hello.settings != self.settings.digest().hex():
+            raise SettingsMismatchError(f"{hello.name} runs under other settings than the server")
+        if hello.code != code_digest():
+            raise SettingsMismatchError(
+                f"{hello.name} runs other code ({hello.code}) than the server ({code_digest()}): install the same version"
+            )
+        if hello.key != self.session.key_fingerprint:
+            raise KeyMismatchError(
+                f"{hello.name} holds key {hello.key.hex()}, the others hold {self.session.key_fingerprint.hex()}: "
+                "give it the key file of the others"
+            )
+        if (hello.layers, hello.heads) != (plan.layers, plan.heads):
+            raise PlanMismatchError(f"{hello.name} adapts other layers than the plan: check its model and targets")
+        if hello.rank > plan.max_rank:
+            raise PlanMismatchError(f"{hello.name} has rank {hello.rank}, above the plan's {plan.max_rank}")
+        if self.members and hello.initial != self.members[0].hello.initial:
+            raise PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
+        if any(m.name == hello.name for m in self.members):
+            raise FormatError(f"another node is called {hello.name} already: give each its own name in --node-config")
+        member = Member(len(self.members) + 1, hello)
+        self.members.append(member)
+        return member
+
+    def sample(self, available: Sequence[Member]) -> list[Member]:
+        """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""
+        federation = self.settings.federation
+        wanted = max(federation.min_contributors, round(federation.fraction * len(available)))
+        chosen = self._random.sample(list(available), min(wanted, len(available)))
+        return sorted(chosen, key=lambda m: m.number)
+
+    def open_round(self, round_: int, chosen: Sequence[Member]) -> SeparateSum:
+        """An empty sum for the round."""
+        assert self.session is not None
+        return SeparateSum(self.session, round_, sum(m.hello.samples for m in chosen))
+
+    def close_round(self, sum_: SeparateSum) -> wire.Message:
+        """Release the aggregate and remember it. Raises FederationError when too few contributed."""
+        aggregate = sum_.release(self.settings.federation.min_contributors)
+        self._history.append(aggregate)
+        assert self.session is not None
+        self._history = _needed(self._history, -1, self.session.plan.max_rank)
+        return aggregate
+
+    def catch_up(self, member: Member) -> list[wire.Message]:
+        """The aggregates this member lacks, oldest first, each cut to its rank."""
+        assert self.session is not None
+        return [cut(m, self.session, member.hello.rank) for m in _needed(self._history, member.have, member.hello.rank)]
+
+
+def _needed(history: Sequence[wire.Message], have: int, rank: int) -> list[wire.Message]:
+    """Those after round `have` that still hold the newest value of some factor's component below `rank`."""
+    covered = dict.fromkeys(FACTORS, 0)
+    found: list[wire.Message] = []
+    for message in reversed(history):
+        if message.round <= have:
+            break
+        if any(min(message.rank, rank) > covered[f] for f in message.factors):
+            found.append(message)
+            for factor in message.factors:
+                covered[factor] = max(covered[factor], min(message.rank, rank))
+    return found[::-1]
+
+
+def _common(hello: Hello) -> tuple[Any, ...]:
+    return hello.key, hello.parameters, hello.settings, hello.code, hello.initial, hello.layers, hello.heads
+
+
+def _difference(one: Hello, two: Hello) -> str:
+    if one.key != two.key:
+        return f"{one.name} holds key {one.key.hex()}, {two.name} holds {two.key.hex()}: give all clients one key file"
+    if one.settings != two.settings or one.code != two.code:
+        return f"{one.name} and {two.name} run under different settings or code"
+    if one.parameters != two.parameters:
+        return f"{one.name} and {two.name} encrypt under different parameters"
+    return f"{one.name} and {two.name} start from different models or adapters"

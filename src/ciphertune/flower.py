@@ -1,0 +1,56 @@
+"""Message <-> Flower records. Bulk travels as opaque byte arrays, so that no averaging strategy can touch it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+
+from ciphertune.errors import FormatError
+
+STYPE = "ciphertune"
+# A JSON part beyond this is no message of ours.
+_MAX_JSON = 1 << 24
+
+
+def pack(values: Mapping[str, Any], payload: Sequence[bytes] = ()) -> RecordDict:
+    """Plain values and byte strings -> records."""
+    records = RecordDict({"ciphertune": ConfigRecord({"json": json.dumps(values)})})
+    if payload:
+        arrays = {f"{i:04d}": Array("bytes", (len(data),), STYPE, data) for i, data in enumerate(payload)}
+        records["payload"] = ArrayRecord(arrays)
+    return records
+
+
+def unpack(records: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
+    """The inverse of `pack`. Raises FormatError on anything else."""
+    try:
+        text = records.config_records["ciphertune"]["json"]
+        if not isinstance(text, str) or len(text) > _MAX_JSON:
+            raise FormatError("the message's values are not text of a sane length")
+        values = json.loads(text)
+        arrays = records.array_records.get("payload") or ArrayRecord()
+        payload = [arrays[key].data for key in sorted(arrays)]
+        kinds = {array.stype for array in arrays.values()}
+    except (KeyError, ValueError, RecursionError, AttributeError) as error:
+        raise FormatError("not a message of this application") from error
+    if not isinstance(values, dict) or kinds - {STYPE}:
+        raise FormatError("not a message of this application")
+    return values, payload
+
+
+def reply(message: Message, values: Mapping[str, Any], payload: Sequence[bytes] = ()) -> Message:
+    """A reply to `message`."""
+    return Message(pack(values, payload), reply_to=message)
+
+
+def failure(message: Message, error: BaseException, *, show: bool) -> Message:
+    """A reply that says that it did not work: the kind of error always, its text only with `show`.
+
+    The text of an error may hold a path or a line of private data, so a real node keeps it in its own log.
+    """
+    kind = type(error).__name__
+    line = " ".join(str(error).split())[:500] if show else ""
+    return reply(message, {"error": kind, "line": line, "simulated": show})

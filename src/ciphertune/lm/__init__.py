@@ -1,0 +1,1 @@
+"""Language models: everything that touches torch, transformers, peft and datasets."""

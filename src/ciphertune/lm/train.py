@@ -1,0 +1,161 @@
+"""Local training: AdamW (arXiv 1711.05101) on the adapter, with moments that outlive the process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ciphertune.errors import DataError, ModelError
+from ciphertune.lm.batches import collate, count_targets, loss_sum
+from ciphertune.lm.formats import Encoded
+from ciphertune.lm.model import LoraModel
+from ciphertune.settings import TrainingSettings
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of `train` did. Losses are in nats per target token, or per example for classification."""
+
+    loss: float  # mean over the steps; NaN or infinite when training diverged
+    steps: int  # optimizer steps
+    samples: int  # size of the training set, the weight of this client in an average
+    seconds: float
+    losses: tuple[float, ...]  # one per step
+
+
+def train(
+    model: LoraModel,
+    data: Sequence[Encoded],
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    state: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> TrainResult:
+    """`settings.steps` optimizer steps on `data`, in an order and with a dropout that follow from `seed` alone.
+
+    state: a file that carries AdamW's moments from one call to the next; created when absent.
+    progress: called after every step with (steps done, steps, loss).
+    Raises DataError without data, ModelError when `state` is damaged. A loss that is not finite is returned as it is.
+    """
+    if not data:
+        raise DataError("there is no training example: check the data settings of this client")
+    if settings.threads > 0:
+        torch.set_num_threads(settings.threads)
+    started = time.perf_counter()
+    model.freeze(model.frozen)  # PEFT's disable_adapter() leaves every factor trainable
+    parameters = model.trainable()
+    optimizer = _optimizer(parameters, settings)
+    if state is not None and state.is_file():
+        _restore(optimizer, parameters, _load(state))
+    batches = _batches(data, settings.batch_size, seed)
+    losses = []
+    model.model.train()
+    with torch.random.fork_rng(devices=_cuda(model.device)):
+        torch.manual_seed(seed % 2**63)  # dropout
+        for step in range(1, settings.steps + 1):
+            losses.append(
+                _step(model, parameters, optimizer, [next(batches) for _ in range(settings.accumulation)], settings)
+            )
+            if progress is not None:
+                progress(step, settings.steps, losses[-1])
+    model.model.eval()
+    if state is not None:
+        _store(optimizer, parameters, state)
+    seconds = time.perf_counter() - started
+    return TrainResult(float(np.mean(losses)), settings.steps, len(data), seconds, tuple(losses))
+
+
+def _step(
+    model: LoraModel,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    batches: list[list[Encoded]],
+    settings: TrainingSettings,
+) -> float:
+    """One step on the mean loss over all targets of `batches`, however they are divided; returns that mean."""
+    targets = max(1, sum(count_targets(batch) for batch in batches))
+    total = 0.0
+    for examples in batches:
+        summed, _ = loss_sum(model, collate(examples, model))
+        (summed / targets).backward()  # type: ignore[no-untyped-call]
+        total += float(summed.detach())
+    nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total / targets
+
+
+def _batches(data: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
+    """Full batches without end: one shuffled pass over the data after the other."""
+    generator = np.random.default_rng(seed % 2**64)
+    queue: list[int] = []
+    while True:
+        while len(queue) < size:
+            queue.extend(generator.permutation(len(data)).tolist())
+        yield [data[i] for i in queue[:size]]
+        del queue[:size]
+
+
+def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW; biases and norms, which have one dimension, do not decay."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+
+
+def _restore(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]
+) -> None:
+    """Give back the moments of the parameters that train now and still have the shape they had."""
+    for name, parameter in parameters.items():
+        moments = {key: saved.get(f"{name}/{key}") for key in _MOMENTS}
+        step, first, second = (moments[key] for key in _MOMENTS)
+        if step is None or first is None or second is None or not first.shape == second.shape == parameter.shape:
+            continue
+        optimizer.state[parameter] = {
+            "step": step.clone(),
+            "exp_avg": first.to(parameter.device),
+            "exp_avg_sq": second.to(parameter.device),
+        }
+
+
+def _store(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: Path) -> None:
+    """Update the moments of the parameters that trained; those of a frozen factor stay in the file.
+
+    Alternating methods freeze each factor every other round (RoLoRA, arXiv 2502.01755, section 4), and a process
+    lives for one round: what is not kept here would be lost before the factor's next turn.
+    """
+    saved = _load(state) if state.is_file() else {}
+    for name, parameter in parameters.items():
+        for key in _MOMENTS:
+            if key in optimizer.state[parameter]:
+                saved[f"{name}/{key}"] = optimizer.state[parameter][key].detach().cpu().contiguous()
+    state.parent.mkdir(parents=True, exist_ok=True)
+    partial = state.with_name(f"{state.name}.partial")
+    save_file(saved, partial)
+    partial.replace(state)  # a crash leaves the old file or the new one, never half of one
+
+
+def _load(state: Path) -> dict[str, torch.Tensor]:
+    try:
+        saved: dict[str, torch.Tensor] = load_file(state)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{state} is not a readable optimizer state ({error}): delete it to start afresh") from None
+    return saved
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

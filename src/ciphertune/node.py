@@ -1,0 +1,103 @@
+"""What one node knows about itself: Flower's `--node-config`, with defaults per client for simulation."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ciphertune.errors import SettingsError
+from ciphertune.settings import ClientSettings, Settings
+
+KEYS = ("name", "rank", "budget", "data-path", "key-file", "device", "run-dir", "partition-id", "num-partitions")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """One client. folder: its own part of the run folder. key_file: None only in simulation and without encryption."""
+
+    name: str
+    index: int  # which part of a divided data set; -1 when the node does not say
+    clients: int
+    rank: int
+    budget: float
+    data_path: str
+    key_file: Path
+    device: str
+    folder: Path
+    simulated: bool
+
+
+def home() -> Path:
+    """Where run folders go unless something else is said: $CIPHERTUNE_HOME, by default ~/.ciphertune."""
+    return Path(os.environ.get("CIPHERTUNE_HOME", "~/.ciphertune")).expanduser()
+
+
+def run_name(settings: Settings, run_id: int) -> str:
+    """Name of the run folder: every party of a run derives the same one."""
+    return settings.name or f"{settings.method.name}-{run_id % (1 << 32):08x}"
+
+
+def run_folder(settings: Settings, run_id: int, runs_dir: str = "") -> Path:
+    """The run folder of this machine."""
+    root = Path(runs_dir or settings.runs_dir or "runs").expanduser()
+    return (root if root.is_absolute() else home() / root) / run_name(settings, run_id)
+
+
+def is_simulated(config: Mapping[str, Any]) -> bool:
+    """Flower's simulation gives a node a partition and nothing else; a lab's node says what it is."""
+    return "partition-id" in config and not {"name", "data-path", "key-file"} & set(config)
+
+
+def node_settings(
+    settings: Settings, config: Mapping[str, Any], run_id: int, *, node_id: int, client: int | None = None
+) -> NodeSettings:
+    """The node's own settings over the defaults of its client number.
+
+    client: which of the federation's clients a simulated node plays now (a node may play several).
+    Raises SettingsError naming the node setting.
+    """
+    unknown = sorted(set(config) - set(KEYS))
+    if unknown:
+        raise SettingsError(f"unknown node setting {unknown[0]}: --node-config knows {', '.join(KEYS)}")
+    simulated = is_simulated(config)
+    index = client if simulated and client is not None else _number(config, "partition-id", int, -1)
+    clients = settings.federation.clients
+    default = clients[index % len(clients)] if index >= 0 else ClientSettings(rank=settings.model.rank)
+    name = str(config.get("name", f"client-{index}" if simulated else f"node-{node_id % (1 << 32):08x}"))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise SettingsError(f"node setting name={name!r}: use letters, digits, '.', '_' and '-', at most 64 of them")
+    folder = run_folder(settings, run_id, str(config.get("run-dir", ""))) / "clients"
+    key_file = str(config.get("key-file", default.key_file))
+    if not key_file and not simulated and settings.crypto.backend != "clear":
+        raise SettingsError(
+            "this node has no key file: make one with `ciphertune keys create --out FILE`, hand it to every client, and "
+            "start the node with --node-config 'key-file=\"FILE\"'"
+        )
+    node = NodeSettings(
+        name=name,
+        index=index,
+        clients=len(clients) if simulated else _number(config, "num-partitions", int, len(clients)),
+        rank=_number(config, "rank", int, default.rank),
+        budget=_number(config, "budget", float, default.budget),
+        data_path=str(config.get("data-path", default.data_path)),
+        key_file=Path(key_file).expanduser() if key_file else folder / "secret.key",
+        device=str(config.get("device", default.device)),
+        folder=folder / name,
+        simulated=simulated,
+    )
+    if not 1 <= node.rank <= 4096:
+        raise SettingsError(f"node setting rank={node.rank} is out of range: want 1 to 4096")
+    if not 0.0 <= node.budget <= 1.0:
+        raise SettingsError(f"node setting budget={node.budget} is out of range: want 0 to 1")
+    return node
+
+
+def _number(config: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+        raise SettingsError(f"node setting {key}={value!r} is of the wrong type: want {kind.__name__}")
+    return kind(value)

@@ -1,0 +1,94 @@
+"""The plan: what every party of a run knows about what travels. Public, made by the server, digested into every message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ciphertune.errors import FormatError
+
+Factor = str  # "a" | "b"
+FACTORS: tuple[Factor, ...] = ("a", "b")
+
+# A plan comes over the wire; these stop a hostile one from asking for the impossible.
+_MAX_LAYERS, _MAX_DIMENSION, _MAX_RANK = 10_000, 1 << 24, 4096
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One adapted layer: W0 has shape (m, n)."""
+
+    name: str
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """One tensor of the task head."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Layers and heads in the order in which they are packed, and the method's choices that shape a message."""
+
+    layers: tuple[LayerShape, ...]
+    heads: tuple[HeadShape, ...]
+    scale: float  # alpha / r, common to all clients
+    max_rank: int
+    share: str  # both | alternate | b_only
+    select: str  # none | all
+    fit_rank: str  # nested | pad
+
+    def factors(self, round_: int) -> tuple[Factor, ...]:
+        """The factors that are trained and travel in a round (from 0).
+
+        alternate: B in even rounds, A in odd ones (RoLoRA, arXiv 2502.01755, algorithm 1); b_only: always B (FFA-LoRA,
+        arXiv 2403.12313, section 4); both: A and B.
+        """
+        if self.share == "both":
+            return FACTORS
+        return ("b",) if self.share == "b_only" or round_ % 2 == 0 else ("a",)
+
+    def digest(self) -> bytes:
+        """16 bytes over the whole plan."""
+        return hashlib.sha256(self.to_json().encode()).digest()[:16]
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan in `text`. Raises FormatError when it is not a sane one."""
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            plan = Plan(
+                layers=tuple(LayerShape(str(x["name"]), int(x["m"]), int(x["n"])) for x in raw.pop("layers")),
+                heads=tuple(HeadShape(str(x["name"]), tuple(map(int, x["shape"]))) for x in raw.pop("heads")),
+                scale=float(raw.pop("scale")),
+                max_rank=int(raw.pop("max_rank")),
+                **{k: str(raw[k]) for k in ("share", "select", "fit_rank")},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise FormatError("the plan is not readable") from error
+        sizes = [d for x in plan.layers for d in (x.m, x.n)] + [d for h in plan.heads for d in h.shape]
+        if (
+            len(plan.layers) + len(plan.heads) > _MAX_LAYERS
+            or not all(1 <= d <= _MAX_DIMENSION for d in sizes)
+            or not 1 <= plan.max_rank <= _MAX_RANK
+            or not (math.isfinite(plan.scale) and plan.scale > 0)
+        ):
+            raise FormatError("the plan asks for impossible sizes")
+        return plan

@@ -1,0 +1,80 @@
+"""The run folder: what a run leaves behind. Layout in docs; every writer is here."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ciphertune.errors import SettingsError
+from ciphertune.plan import Plan
+from ciphertune.settings import Settings
+from ciphertune.versions import versions
+
+
+class ServerFolder:
+    """The server's files: settings, versions, plan, rounds, summary, the aggregates, and its view when recorded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if (path / "settings.yaml").exists():
+            raise SettingsError(f"run folder {path} holds another run already: choose another name=...")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def start(self, settings: Settings, overrides: str) -> None:
+        """Settings as resolved, the overrides they came from, and the versions."""
+        text = yaml.safe_dump({"overrides": overrides, **_plain(asdict(settings))}, sort_keys=False)
+        write(self.path / "settings.yaml", text.encode())
+        write_json(self.path / "versions.json", versions())
+
+    def plan(self, plan: Plan, members: list[dict[str, Any]]) -> None:
+        """The plan and who takes part."""
+        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": members, **asdict(plan)})
+
+    def line(self, round_: int, stage: str, node: str, **values: Any) -> None:
+        """One line of rounds.jsonl."""
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"round": round_, "stage": stage, "node": node, **values}) + "\n")
+
+    def aggregate(self, round_: int, data: bytes) -> None:
+        """The aggregate as the server holds it."""
+        write(self.path / "server" / f"round_{round_:04d}.msg", data)
+
+    def view(self, round_: int, node: str, data: bytes) -> None:
+        """Exactly the bytes the server got from one client."""
+        write(self.path / "server_view" / f"round_{round_:04d}" / f"{node}.msg", data)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The outcome."""
+        write_json(self.path / "summary.json", values)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a run folder, or an empty dict while there is none."""
+    path = folder / "summary.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON, indented, whole or not at all."""
+    write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

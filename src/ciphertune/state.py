@@ -1,0 +1,50 @@
+"""An adapter in a safetensors file: a client's state between messages, and the recordings for the audit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.errors import PlanMismatchError
+from ciphertune.runs import write
+
+
+def record(path: Path, adapter: Adapter, **metadata: str) -> None:
+    """Write all factors (`<layer>.a`, `<layer>.b`) and heads, with metadata."""
+    tensors = {name: np.ascontiguousarray(head) for name, head in adapter.heads.items()}
+    for name, factors in adapter.layers.items():
+        tensors[f"{name}.a"] = np.ascontiguousarray(factors.a)
+        tensors[f"{name}.b"] = np.ascontiguousarray(factors.b)
+    write(path, save(tensors, metadata=metadata))
+
+
+def save_state(path: Path, adapter: Adapter, round_: int) -> None:
+    """The adapter as of the mean of `round_`."""
+    record(path, adapter, round=str(round_))
+
+
+def load_state(path: Path, like: Adapter) -> tuple[Adapter, int]:
+    """The stored adapter and its round; `like` and -1 when nothing is stored.
+
+    Raises PlanMismatchError when the file is damaged or not of `like`'s shape.
+    """
+    if not path.exists():
+        return like, -1
+    try:
+        with safe_open(path, framework="numpy") as file:
+            round_ = int((file.metadata() or {})["round"])
+            layers = {
+                name: LoraFactors(file.get_tensor(f"{name}.a"), file.get_tensor(f"{name}.b"), old.scale)
+                for name, old in like.layers.items()
+            }
+            heads = {name: file.get_tensor(name) for name in like.heads}
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise PlanMismatchError(f"{path} cannot be read back: remove it, and the server sends what is missing") from error
+    stored = Adapter(layers, heads)
+    if any(stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape for n, f in like.layers.items()):
+        raise PlanMismatchError(f"{path} is of another rank or model: remove it, and the server sends what is missing")
+    return stored, round_

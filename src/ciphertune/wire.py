@@ -1,0 +1,186 @@
+"""Message <-> bytes. Everything is checked before anything is used: lengths follow from the plan, never from the bytes.
+
+    offset  size
+       0      8   magic "CTUNE" 0 0 1 (wire version 1)
+       8      1   kind: 1 update (client to server), 2 aggregate (server to client)
+       9      1   factors: 1 a, 2 b, 3 both
+      10     16   digest of the encryption parameters
+      26     16   key fingerprint (zeros without a key)
+      42     16   digest of the plan
+      58     16   digest of the settings
+      74      8   run
+      82      4   round
+      86      4   sender: the number the server gave the client, 0 for the server
+      90      4   rank of the sender (update) or of the receiver (aggregate)
+      94      8   total: samples of all clients asked this round; weights are samples / total
+     102      4   number of contributors k (1 in an update)
+     106   12*k   rank 4, samples 8 of each contributor
+       ?      ?   clear part: values of the plan's count
+       ?      ?   secret part: whole blocks, as many as the plan's count needs
+      -32     32  SHA-256 of all that precedes (against damage; authenticity is the transport's task)
+All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ciphertune.crypto.base import PublicPart, blocks_for
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.errors import (
+    FormatError,
+    KeyMismatchError,
+    ParameterMismatchError,
+    PlanMismatchError,
+    RoundMismatchError,
+    SettingsMismatchError,
+)
+from ciphertune.plan import Factor, Plan
+from ciphertune.ranks import Contributor
+from ciphertune.split import counts
+
+MAGIC = b"CTUNE\0\0\1"
+UPDATE, AGGREGATE = 1, 2
+_HEAD = struct.Struct("<8sBB16s16s16s16sQIIIQI")
+_CONTRIBUTOR = struct.Struct("<IQ")
+_FACTORS: dict[tuple[Factor, ...], int] = {("a",): 1, ("b",): 2, ("a", "b"): 3}
+_DIGEST = 32
+_MAX_CONTRIBUTORS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all messages of a run have in common. Public."""
+
+    run: int
+    plan: Plan
+    settings_digest: bytes
+    key_fingerprint: bytes
+    public: PublicPart  # of the secret part
+    clear: ClearPublic  # of the clear part
+    bound: float  # largest absolute value of an update, hence of a weighted sum
+
+
+@dataclass(frozen=True)
+class Message:
+    """One update or aggregate."""
+
+    kind: int
+    factors: tuple[Factor, ...]
+    round: int
+    sender: int
+    rank: int
+    total: int
+    contributors: tuple[Contributor, ...]
+    clear: bytes
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the receiver knows about the message it waits for. None: taken from the message, after range checks."""
+
+    kind: int
+    round: int
+    sender: int
+    rank: int
+    total: int | None = None
+    samples: int | None = None
+
+
+def encode(message: Message, session: Session) -> bytes:
+    """The bytes of a message."""
+    head = _HEAD.pack(
+        MAGIC,
+        message.kind,
+        _FACTORS[message.factors],
+        _parameters(session),
+        session.key_fingerprint,
+        session.plan.digest(),
+        session.settings_digest,
+        session.run,
+        message.round,
+        message.sender,
+        message.rank,
+        message.total,
+        len(message.contributors),
+    )
+    people = b"".join(_CONTRIBUTOR.pack(c.rank, c.samples) for c in message.contributors)
+    body = b"".join((head, people, message.clear, message.secret))
+    return body + hashlib.sha256(body).digest()
+
+
+def decode(data: bytes, session: Session, expected: Expected) -> Message:
+    """The message in `data`. Raises the WireError that names the first thing that does not match."""
+    if len(data) < _HEAD.size + _CONTRIBUTOR.size + _DIGEST:
+        raise FormatError(f"{len(data)} bytes are too few for a message")
+    magic, kind, factors, parameters, key, plan, settings, run, round_, sender, rank, total, people = _HEAD.unpack_from(data)
+    if magic != MAGIC:
+        raise FormatError("not a ciphertune message of wire version 1")
+    # The order gives the most telling error: who made it, with what, for which run.
+    _same(parameters, _parameters(session), ParameterMismatchError, "encryption parameters")
+    _same(key, session.key_fingerprint, KeyMismatchError, "key")
+    _same(settings, session.settings_digest, SettingsMismatchError, "settings")
+    _same(plan, session.plan.digest(), PlanMismatchError, "plan")
+    for name, found, wanted in (
+        ("kind", kind, expected.kind),
+        ("run", run, session.run),
+        ("round", round_, expected.round),
+        ("sender", sender, expected.sender),
+        ("rank", rank, expected.rank),
+        ("factors", factors, _FACTORS[session.plan.factors(expected.round)]),
+        ("total", total, total if expected.total is None else expected.total),
+    ):
+        if found != wanted:
+            raise RoundMismatchError(f"the message is of {name} {found}, expected {wanted}")
+    return _decode_body(data, session, expected, people, total)
+
+
+def _decode_body(data: bytes, session: Session, expected: Expected, people: int, total: int) -> Message:
+    if not 1 <= people <= _MAX_CONTRIBUTORS or (expected.kind == UPDATE and people != 1):
+        raise FormatError(f"the message names {people} contributors")
+    factors = session.plan.factors(expected.round)
+    clear_count, secret_count = counts(session.plan, factors, expected.rank)
+    clear_size = clear_count * session.clear.block_bytes
+    secret_size = blocks_for(session.public, secret_count) * session.public.block_bytes
+    at = _HEAD.size + people * _CONTRIBUTOR.size
+    if len(data) != at + clear_size + secret_size + _DIGEST:
+        raise FormatError(f"{len(data)} bytes where {at + clear_size + secret_size + _DIGEST} are expected")
+    view = memoryview(data)
+    if hashlib.sha256(view[:-_DIGEST]).digest() != data[-_DIGEST:]:
+        raise FormatError("the message is damaged: its SHA-256 does not match")
+    contributors = tuple(Contributor(*_CONTRIBUTOR.unpack_from(data, _HEAD.size + i * 12)) for i in range(people))
+    check_contributors(contributors, total, session.plan)
+    if expected.samples is not None and contributors[0] != Contributor(expected.rank, expected.samples):
+        raise RoundMismatchError(f"the message is weighted by {contributors[0]}, expected {expected.samples} samples")
+    return Message(
+        kind=expected.kind,
+        factors=factors,
+        round=expected.round,
+        sender=expected.sender,
+        rank=expected.rank,
+        total=total,
+        contributors=contributors,
+        clear=bytes(view[at : at + clear_size]),
+        secret=bytes(view[at + clear_size : -_DIGEST]),
+    )
+
+
+def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
+    """Raise FormatError unless ranks fit the plan and the weights `samples / total` are positive and sum to at most 1."""
+    if not all(1 <= c.rank <= plan.max_rank and c.samples >= 1 for c in contributors):
+        raise FormatError("a contributor has an impossible rank or no samples")
+    if sum(c.samples for c in contributors) > total:
+        raise FormatError("the contributors' samples exceed the total: the sum could wrap around")
+
+
+def _parameters(session: Session) -> bytes:
+    return hashlib.sha256(session.public.digest() + session.clear.digest()).digest()[:16]
+
+
+def _same(found: bytes, wanted: bytes, error: type[Exception], what: str) -> None:
+    if found != wanted:
+        raise error(f"the message was made under another {what}: it has {found.hex()}, here is {wanted.hex()}")
