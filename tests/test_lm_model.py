@@ -286,7 +286,7 @@ def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(ModelSettings(name=str(folder)))
     assert str(folder) in str(caught.value)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="tokenizer of model.name=.* cannot be read"):
+    with pytest.raises(ModelError, match=r"tokenizer of model.name=.* cannot be read"):
         load_tokenizer(ModelSettings(name=str(folder)))
 
 

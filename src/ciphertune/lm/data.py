@@ -72,12 +72,11 @@ def _rows(
         name, own = f"{data.dataset}[{data.split}]", load_hub(data, client=client, clients=clients)
     else:
         name, own = _file_rows(data, model, client, clients, path)
+    lines = check_rows(own, model.task, data.labels)
     if not data.heldout_path:
-        train, heldout = _split(own, data)
-    else:
-        train, heldout = own, read_jsonl(_path(data.heldout_path, client), "data.heldout_path")
-    check = (model.task, data.labels)
-    return name, check_rows(train, *check), check_rows(heldout, *check)
+        return name, *_split(lines, data)
+    heldout = read_jsonl(_path(data.heldout_path, client), "data.heldout_path")
+    return name, lines, check_rows(heldout, model.task, data.labels)
 
 
 def _file_rows(data: DataSettings, model: ModelSettings, client: int, clients: int, path: str) -> tuple[str, list[Row]]:
@@ -95,14 +94,14 @@ def _file_rows(data: DataSettings, model: ModelSettings, client: int, clients: i
     return file.name if data.partition == "none" else f"{file.name} ({data.partition})", own
 
 
-def _split(rows: list[Row], data: DataSettings) -> tuple[list[Row], list[Row]]:
-    """The last share of the rows in a seeded order is held out: at least one, if any is asked for and two exist."""
-    order = np.random.default_rng(data.seed).permutation(len(rows)).tolist()
-    count = round(data.heldout_fraction * len(rows))
-    if data.heldout_fraction > 0 and len(rows) > 1:
-        count = min(max(count, 1), len(rows) - 1)
-    kept = len(rows) - count
-    return [rows[i] for i in order[:kept]], [rows[i] for i in order[kept:]]
+def _split(lines: list[Line], data: DataSettings) -> tuple[list[Line], list[Line]]:
+    """The last share of the lines in a seeded order is held out: at least one, if any is asked for and two exist."""
+    order = np.random.default_rng(data.seed).permutation(len(lines)).tolist()
+    count = round(data.heldout_fraction * len(lines))
+    if data.heldout_fraction > 0 and len(lines) > 1:
+        count = min(max(count, 1), len(lines) - 1)
+    kept = len(lines) - count
+    return [lines[i] for i in order[:kept]], [lines[i] for i in order[kept:]]
 
 
 def _encode(lines: list[Line], tokenizer: Any, max_length: int, most: int) -> tuple[list[Encoded], int]:

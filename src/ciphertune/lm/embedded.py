@@ -24,11 +24,11 @@ DOCUMENT_CHARS = 1600  # longest piece of pretraining text
 _MIN_CHARS = 40  # shorter passages carry too little to be worth a training example
 _HELDOUT_ONE_IN = 10
 
-# Never read: tests, tools of their own, and what a Python installation may hold beside its library.
+# Never read: tools of their own, and what a Python installation may hold beside its library.
 _SKIPPED = frozenset(
-    "test tests idlelib idle_test lib2to3 site-packages dist-packages lib-dynload __pycache__ ensurepip pydoc_data "
-    "__phello__ this.py".split()
+    "idlelib site-packages dist-packages lib-dynload __pycache__ ensurepip pydoc_data __phello__ this.py".split()
 )
+_TESTS = frozenset(("test", "tests"))  # read for pretraining only, where they are installed
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ def pretraining_text() -> Iterator[str]:
     No paragraph of it occurs in a tuning topic, neither to train on nor held out; none occurs twice.
     """
     taken = {_key(p) for family in _FAMILIES.values() for leaf in family for text in _texts(leaf) for p in _split(text)}
-    tuned = {name for family in _FAMILIES.values() for leaf in family for name in leaf.modules.split()}
+    tuned = tuple(name for family in _FAMILIES.values() for leaf in family for name in leaf.modules.split())
     for path in _sources():
-        if path.relative_to(_library()).parts[0].removesuffix(".py") in tuned:
+        if any(part.removeprefix("test_").startswith(tuned) for part in path.relative_to(_library()).parts):
             continue
         text = "\n\n".join((*_docstrings(path), *_comments(path)))
         yield from _pack(_unseen(_split(text), taken), DOCUMENT_CHARS)
@@ -184,7 +184,8 @@ def _texts(leaf: _Leaf) -> Iterator[str]:
         yield from (reference[key] for key in leaf.reference.split() if key in reference)
     wanted = leaf.modules.split()
     for path in _sources() if wanted else ():
-        if path.relative_to(_library()).parts[0].removesuffix(".py") in wanted:
+        parts = path.relative_to(_library()).parts
+        if parts[0].removesuffix(".py") in wanted and _TESTS.isdisjoint(parts):
             yield "\n\n".join(_docstrings(path))
 
 

@@ -1,0 +1,89 @@
+"""The command line: `ciphertune run`, `ciphertune keys`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ciphertune.errors import CiphertuneError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. 0: done; 1: the run failed; 2: a mistake in what was asked, with one line saying which."""
+    options = parser().parse_args(arguments)
+    try:
+        status: int = options.action(options)
+        return status
+    except CiphertuneError as error:
+        print(f"ciphertune: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ciphertune: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    root = argparse.ArgumentParser(prog="ciphertune", description=__import__("ciphertune").__doc__)
+    commands = root.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("run", help="run a federation: simulated here, or on a SuperLink with --superlink")
+    run.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=fedavg federation.rounds=4")
+    run.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
+    run.add_argument("--superlink", help="name of a connection in Flower's config.toml (default: one started for this run)")
+    run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run folder goes (default: runs)")
+    run.add_argument("--verbose", action="store_true", help="show all of Flower's log")
+    run.set_defaults(action=_run)
+
+    keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(required=True, metavar="action")
+    create = keys.add_parser("create", help="make the key that all clients of a federation share")
+    create.add_argument("overrides", nargs="*", help="the run's method and crypto overrides: they set the parameters")
+    create.add_argument("--out", type=Path, required=True, help="file to write; never overwritten")
+    create.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
+    create.set_defaults(action=_keys_create)
+    show = keys.add_parser("show", help="print a key file's fingerprint")
+    show.add_argument("file", type=Path)
+    show.set_defaults(action=_keys_show)
+    return root
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ciphertune.launch import launch
+
+    return launch(
+        options.app,
+        options.overrides,
+        runs_dir=options.runs_dir,
+        superlink=options.superlink,
+        verbose=options.verbose,
+    )
+
+
+def _keys_create(options: argparse.Namespace) -> int:
+    from ciphertune.build_client import generate_key
+    from ciphertune.crypto import keys
+    from ciphertune.errors import SettingsError
+    from ciphertune.launch import app_folder
+    from ciphertune.settings import compose
+
+    crypto = compose(app_folder(options.app) / "conf", options.overrides).crypto
+    if crypto.backend == "clear":
+        raise SettingsError("crypto=clear uses no key")
+    key = generate_key(crypto)
+    keys.save(key, options.out)
+    print(f"wrote {options.out}, fingerprint {key.fingerprint.hex()}")
+    print("hand it to every client over a channel the server cannot read, and to nobody else")
+    return 0
+
+
+def _keys_show(options: argparse.Namespace) -> int:
+    from ciphertune.crypto import keys
+
+    print(f"fingerprint {keys.load(options.file).fingerprint.hex()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
