@@ -16,6 +16,8 @@ from ciphertune.errors import CiphertuneError, SettingsMismatchError
 from ciphertune.node import is_simulated, node_settings
 from ciphertune.progress import MARK
 from ciphertune.run_config import settings_of
+from ciphertune.settings import Settings
+from ciphertune.versions import code_digest
 
 CONF = Path(__file__).parents[1] / "conf"
 Step = Callable[[Any, dict[str, Any], list[bytes]], tuple[dict[str, Any], list[bytes]]]
@@ -34,18 +36,28 @@ def answer(message: Message, context: Context, step: Step) -> Message:
             settings, context.node_config, context.run_id, node_id=context.node_id, client=values.get("client")
         )
         name = node.name
-        if values["settings"] != settings.digest().hex():
-            raise SettingsMismatchError("this client's settings differ from the server's: use the same conf and overrides")
+        _same_as_server(values, settings)
         from ciphertune.client import open_client  # torch and transformers only once they are needed
 
         return flower.reply(message, *step(open_client(settings, node, context.run_id), values, payload))
     except CiphertuneError as error:
-        print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
+        if not simulated:  # there the server shows it
+            print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
         return flower.failure(message, error, show=simulated)
     except Exception as error:  # a defect of ours: the trace stays here, the run goes on without this client
         logging.getLogger("ciphertune").error("%s", traceback.format_exc())
         print(f"{MARK} {name}: unexpected {type(error).__name__}; the trace is in this node's log", flush=True)
         return flower.failure(message, error, show=simulated)
+
+
+def _same_as_server(values: dict[str, Any], settings: Settings) -> None:
+    if values.get("code") != code_digest():
+        raise SettingsMismatchError(
+            f"this node's ciphertune (code {code_digest()}) is not the server's ({str(values.get('code'))[:16]}): "
+            "install one version everywhere, and stop a local SuperLink that was started from another project's folder"
+        )
+    if values.get("settings") != settings.digest().hex():
+        raise SettingsMismatchError("this client's settings differ from the server's: use one conf and overrides")
 
 
 @app.query("join")

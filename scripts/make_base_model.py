@@ -4,7 +4,7 @@
     python scripts/make_base_model.py --steps 100     a quick look
 
 The text is `ciphertune.lm.embedded.pretraining_text()` of the Python that runs this, and nothing else. The same Python,
-torch, seed and number of threads give the same weights.
+torch, seed, number of threads and kind of processor give the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -27,7 +26,7 @@ from ciphertune.lm.embedded import pretraining_text, tuning_topics
 VOCABULARY = 2048
 POSITIONS = 512
 LENGTHS = (128, 128, 256, 512)  # tokens of a training example; one length per step
-TOKENS = 4096  # per step
+TOKENS = 2048  # per step
 WARMUP = 100  # steps
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -120,30 +119,41 @@ def loss_on(model: LlamaForCausalLM, row: torch.Tensor, length: int = 128) -> fl
     return sum(losses) / len(pieces)
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: linear warm-up, then a cosine down to a hundredth of the peak."""
-    if step < WARMUP:
-        return peak * (step + 1) / WARMUP
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP))))
+def rate(step: int, steps: int) -> float:
+    """Share of the largest learning rate: linear warm-up, then linear down to a hundredth."""
+    return min((step + 1) / WARMUP, 1 - 0.99 * step / steps)
+
+
+def optimizers(model: LlamaForCausalLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon (https://kellerjordan.github.io/posts/muon/) for the matrices of the layers, AdamW for the rest."""
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named.items() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=args.muon_rate, weight_decay=args.weight_decay)
+    return [muon, torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=args.weight_decay)]
+
+
+def step_all(model: LlamaForCausalLM, chosen: list[torch.optim.Optimizer], batch: torch.Tensor, share: float) -> float:
+    """One step of every optimizer at `share` of its largest rate; the loss of `batch` in nats per token."""
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in chosen:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
 
 
 def train(model: LlamaForCausalLM, row: torch.Tensor, kept: torch.Tensor, args: argparse.Namespace) -> None:
     """Minimise the next-token loss on `row`; print it, and that on the `kept` text, now and then."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=True)
+    chosen = optimizers(model, args)
     started, recent = time.perf_counter(), []
     for step, batch in enumerate(batches(row, args.steps, args.seed)):
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, args.steps, args.rate)
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        recent.append(loss.item())
+        recent.append(step_all(model, chosen, batch, rate(step, args.steps)))
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
             print(
                 f"step {step + 1:5d} of {args.steps}  train {sum(recent) / len(recent):.3f}  "
@@ -158,8 +168,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def describe(folder: Path, args: argparse.Namespace, figures: dict[str, float]) -> None:
@@ -191,11 +201,12 @@ def arguments() -> argparse.Namespace:
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description="make the embedded base model")
     parser.add_argument("--out", type=Path, default=root / "src" / "ciphertune" / "assets" / "base")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate of AdamW")
+    parser.add_argument("--muon-rate", type=float, default=0.02, help="largest learning rate of Muon")
+    parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--hidden", type=int, default=160)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=5)

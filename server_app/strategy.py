@@ -6,7 +6,7 @@ Replies are taken one at a time and added as they come, so that memory stays at 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -17,19 +17,12 @@ from ciphertune import flower, wire
 from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.federation import Federation, Hello, Member, parse_hello
 from ciphertune.ledger import Ledger
-from ciphertune.progress import MARK
 from ciphertune.runs import ServerFolder
 from ciphertune.scores import lines_of_table, mean, score_of, show
 from ciphertune.settings import Settings
 from ciphertune.split import counts
 from ciphertune.versions import code_digest
-
-_POLL = 0.2  # seconds between two looks for replies
-
-
-def say(text: str) -> None:
-    """One line for people."""
-    print(f"{MARK} {text}", flush=True)
+from server_app.mail import exchange, open_reply, say
 
 
 class EncryptedLora(Strategy):
@@ -48,7 +41,7 @@ class EncryptedLora(Strategy):
     def summary(self) -> None:
         """Say what is about to happen."""
         method, crypto = self.settings.method, self.settings.crypto
-        say(f"method {method.name}: share {method.share}, encrypted {method.select}, ranks {method.fit_rank}, {crypto.backend}")
+        say(f"{method.name}: share {method.share}, encrypt {method.select}, ranks {method.fit_rank}, {crypto.backend}")
         say(f"run folder {self.folder.path}")
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -58,11 +51,23 @@ class EncryptedLora(Strategy):
         federation = self.settings.federation
         return self.start(grid, ArrayRecord(), federation.rounds, federation.round_timeout)
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, timeout: float = 3600, *_: Any, **__: Any) -> Result:  # type: ignore[override]
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
         """Gather the clients, run the rounds, evaluate the end, compare with training alone.
 
-        Raises FederationError in plain words when clients are too few or a round has too few usable updates.
+        The arrays and configs of Flower's signature are not used: the first adapter follows from the seed. Raises
+        FederationError in plain words when clients are too few or a round has too few usable updates.
         """
+        if evaluate_fn is not None:
+            raise FederationError("the server cannot evaluate what it cannot read: clients evaluate and report")
         self.summary()
         self.gather(grid)
         result, nothing = Result(), ConfigRecord()
@@ -70,7 +75,7 @@ class EncryptedLora(Strategy):
             self.greet_new(grid)
             started = time.perf_counter()
             replies = self.stream(grid, self.configure_train(round_, initial_arrays, nothing, grid), timeout)
-            _, metrics = self.aggregate_train(round_, replies)
+            metrics = self.aggregate_train(round_, replies)[1]
             result.train_metrics_clientapp[round_ + 1] = metrics or MetricRecord()
             self.ledger.close_round(round_, time.perf_counter() - started)
             say(self.ledger.round_line(round_))
@@ -120,8 +125,10 @@ class EncryptedLora(Strategy):
             say(f"  {member.name}: rank {member.hello.rank}, {member.hello.samples} examples")
 
     def greet(self, grid: Grid, timeout: float) -> list[Hello]:
-        """Greet the nodes not seen before. Simulated nodes play several clients where the federation has more of them."""
+        """Greet the nodes not seen before. Simulated nodes play several clients where there are too few nodes."""
         nodes = [n for n in grid.get_node_ids() if n not in self._seen]
+        if not nodes:
+            return []
         self._seen.update(nodes)
         hellos, simulated = self._join(grid, [(node, None) for node in nodes], timeout)
         if simulated:
@@ -130,18 +137,16 @@ class EncryptedLora(Strategy):
             hellos += self._join(grid, [(nodes[k % len(nodes)], k) for k in wanted], timeout)[0]
         return sorted(hellos, key=lambda h: h.name)
 
-    def _join(
-        self, grid: Grid, whom: Sequence[tuple[int, int | None]], timeout: float
-    ) -> tuple[list[Hello], bool]:
+    def _join(self, grid: Grid, whom: Sequence[tuple[int, int | None]], timeout: float) -> tuple[list[Hello], bool]:
         """The greetings of (node, client) pairs, and whether the nodes are simulated."""
         hellos, simulated = [], False
         messages = [Message(flower.pack({**self._common(), "client": c}), node, "query.join") for node, c in whom]
-        for index, reply in self._exchange(grid, messages, timeout):
+        for index, reply in exchange(grid, messages, timeout):
             node, client = whom[index]
             try:
                 values = {} if reply.has_error() else flower.unpack(reply.content)[0]
                 simulated |= bool(values.get("simulated"))
-                hellos.append(parse_hello(self._open(reply)[0], node, client))
+                hellos.append(parse_hello(open_reply(reply)[0], node, client))
             except CiphertuneError as error:
                 self._refuse(f"client {client}" if client is not None else f"node {node % (1 << 32):08x}", str(error))
         return hellos, simulated
@@ -163,20 +168,24 @@ class EncryptedLora(Strategy):
 
     # --- Flower's hooks -------------------------------------------------------------------------------------------
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
         self._chosen = self.federation.sample(self._online(grid))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = sum(m.hello.samples for m in self._chosen)
         return [self._task(member, "train", server_round, total) for member in self._chosen]
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Add each usable update as it comes; leave out the others with a line. Raises FederationError when too few."""
         scores = []
         for reply in replies:
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
-                values, payload = self._open(reply)
+                values, payload = open_reply(reply)
                 score = score_of(values)
                 if len(payload) != 1:
                     raise FormatError(f"{len(payload)} payloads where one update is expected")
@@ -185,7 +194,9 @@ class EncryptedLora(Strategy):
                 started = time.perf_counter()
                 message = self._sum.add(payload[0], sender=member.number, who=member.contributor)
                 seconds = time.perf_counter() - started
-                self.ledger.update(server_round, member, values, message, self._counts(message), len(payload[0]), seconds)
+                self.ledger.update(
+                    server_round, member, values, message, self._counts(message), len(payload[0]), seconds
+                )
                 scores.append(score)
             except CiphertuneError as error:
                 say(f"round {server_round + 1}: left out {member.name}: {error}")
@@ -199,7 +210,9 @@ class EncryptedLora(Strategy):
         before = mean(scores)
         return None, MetricRecord({"heldout_loss": before.loss}) if before else None
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """The last mean, to every client."""
         self._chosen = self._online(grid)
         return [self._task(member, "evaluate", server_round, 0) for member in self._chosen]
@@ -254,40 +267,16 @@ class EncryptedLora(Strategy):
 
     def stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Replies as they come, for at most `timeout` seconds; `_asked` says whose each one is."""
-        for index, reply in self._exchange(grid, list(messages), timeout):
+        for index, reply in exchange(grid, list(messages), timeout):
             self._asked[reply.metadata.reply_to_message_id] = self._chosen[index]
             yield reply
-
-    def _exchange(self, grid: Grid, messages: list[Message], timeout: float) -> Iterator[tuple[int, Message]]:
-        """Each reply with the index of the message it answers."""
-        waiting = {message_id: i for i, message_id in enumerate(grid.push_messages(messages))}
-        deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
-            for reply in grid.pull_messages(list(waiting)):
-                index = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if index is not None:  # else a reply that nobody asked for
-                    yield index, reply
-            if waiting:
-                time.sleep(_POLL)
-        if waiting:
-            say(f"{len(waiting)} of {len(messages)} clients did not answer within {timeout:.0f} s")
-
-    def _open(self, reply: Message) -> tuple[dict[str, Any], list[bytes]]:
-        """The content of a reply. Raises CiphertuneError when the client reports a failure or sends nonsense."""
-        if reply.has_error():
-            raise FederationError(f"its process failed (Flower error {reply.error.code})")
-        values, payload = flower.unpack(reply.content)
-        if "error" in values:
-            line = str(values.get("line") or "see its own log")[:500]
-            raise FederationError(f"{str(values['error'])[:60]}: {line}")
-        return values, payload
 
     def _scores(self, replies: Iterable[Message], stage: str, round_: int) -> dict[str, Any]:
         found = {}
         for reply in replies:
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
-                values, _ = self._open(reply)
+                values, _ = open_reply(reply)
                 found[member.name] = score_of(values)
                 self.ledger.stages(round_, member, values)
                 say(f"  {member.name} {stage}: held-out {show(found[member.name])}")
@@ -299,4 +288,3 @@ class EncryptedLora(Strategy):
 def _row(member: Member) -> dict[str, Any]:
     hello = member.hello
     return {"number": member.number, "name": member.name, "rank": hello.rank, "samples": hello.samples}
-

@@ -27,12 +27,14 @@ class LoraFactors:
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
-            raise ValueError(f"a {self.a.shape} and b {self.b.shape} are not factors of one matrix: want (r, n), (m, r)")
+            raise ValueError(
+                f"a {self.a.shape} and b {self.b.shape} are not factors of one matrix: want (r, n), (m, r)"
+            )
 
     @property
     def rank(self) -> int:
         """Number of components, r."""
-        return self.a.shape[0]
+        return int(self.a.shape[0])
 
     def delta(self) -> npt.NDArray[np.float64]:
         """The full update, shape (m, n), in float64. For tests and oracles; training never forms it."""

@@ -28,7 +28,7 @@ class SeparateSum:
         self._contributors: dict[int, Contributor] = {}
 
     def add(self, data: bytes, *, sender: int, who: Contributor) -> wire.Message:
-        """Check one update and add it. Raises WireError, leaving the sum as it was; a second update of one sender too."""
+        """Check one update and add it. Raises WireError, leaving the sum as it was; a sender has one update."""
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         expected = wire.Expected(wire.UPDATE, self._round, sender, who.rank, self._total, who.samples)

@@ -18,9 +18,7 @@ def public_part(crypto: CryptoSettings) -> PublicPart:
     return CkksPublic(ckks_params(crypto))
 
 
-def make_plan(
-    settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], max_rank: int
-) -> Plan:
+def make_plan(settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], max_rank: int) -> Plan:
     """The plan that follows from the settings and the shapes of the model. Every party makes the same one."""
     return Plan(
         layers=layers,

@@ -32,12 +32,16 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a federation: simulated here, or on a SuperLink with --superlink")
     run.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=fedavg federation.rounds=4")
     run.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
-    run.add_argument("--superlink", help="name of a connection in Flower's config.toml (default: one started for this run)")
+    run.add_argument(
+        "--superlink", help="name of a connection in Flower's config.toml (default: one started for this run)"
+    )
     run.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where the run folder goes (default: runs)")
     run.add_argument("--verbose", action="store_true", help="show all of Flower's log")
     run.set_defaults(action=_run)
 
-    keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(required=True, metavar="action")
+    keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(
+        required=True, metavar="action"
+    )
     create = keys.add_parser("create", help="make the key that all clients of a federation share")
     create.add_argument("overrides", nargs="*", help="the run's method and crypto overrides: they set the parameters")
     create.add_argument("--out", type=Path, required=True, help="file to write; never overwritten")

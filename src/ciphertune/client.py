@@ -1,8 +1,8 @@
 """One client of one run. Flower starts a new process per message, so everything it knows lies in files of its node.
 
-    <run>/clients/<node>/state/adapter.safetensors     the last mean it was given, with the round it came from
-    <run>/clients/<node>/state/optimizer.safetensors   AdamW's moments
-    <run>/clients/<node>/adapter/                      the finished adapter, a PEFT folder
+<run>/clients/<node>/state/adapter.safetensors     the last mean it was given, with the round it came from
+<run>/clients/<node>/state/optimizer.safetensors   AdamW's moments
+<run>/clients/<node>/adapter/                      the finished adapter, a PEFT folder
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import FormatError, PlanMismatchError
+from ciphertune.errors import FormatError, PlanMismatchError, SettingsError
 from ciphertune.lm import data as lm_data
 from ciphertune.lm import evaluate as lm_evaluate
 from ciphertune.lm import model as lm_model
@@ -76,7 +76,7 @@ class Client:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def plan(self, max_rank: int) -> Plan:
-        """The plan as this client understands its own settings and model. The server cannot make it send in the clear."""
+        """The plan that follows from this client's own settings: no server can make it send in the clear."""
         layers, heads = shapes(self.model.read())
         return make_plan(self.settings, layers, heads, max_rank)
 
@@ -87,12 +87,24 @@ def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
     secret = secret_part(settings.crypto, node)
     tokenizer = lm_model.load_tokenizer(settings.model)
     data = lm_data.load_client_data(
-        settings.data, settings.model, tokenizer, client=node.index, clients=node.clients, path=node.data_path
+        settings.data, settings.model, tokenizer, client=_part(settings, node), clients=node.clients, path=node.data_path
     )
     model = lm_model.load(
         settings.model, rank=node.rank, labels=settings.data.labels, device=node.device, seed=settings.seed
     )
     return Client(settings, node, run, model, data, secret, {"load": time.perf_counter() - start})
+
+
+def _part(settings: Settings, node: NodeSettings) -> int:
+    """Which part of the data is this node's. Raises SettingsError when it must say so and does not."""
+    data = settings.data
+    own_file = data.source == "jsonl" and data.partition == "none" and (node.data_path or "{client}" not in data.path)
+    if node.index < 0 and not own_file:
+        raise SettingsError(
+            "this node does not say which part of the data is its own: start it with --node-config "
+            f"'partition-id=K num-partitions={node.clients}', K from 0 to {node.clients - 1}, or with its own data-path"
+        )
+    return max(0, node.index)
 
 
 def shapes(adapter: Adapter) -> tuple[tuple[LayerShape, ...], tuple[HeadShape, ...]]:
@@ -196,7 +208,7 @@ def initial_digest(adapter: Adapter) -> str:
 def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> Adapter:
     """This node's adapter after the aggregates that came along. Raises PlanMismatchError when it lacks earlier ones."""
     path = client.node.folder / "state" / "adapter.safetensors"
-    adapter, at = load_state(path, client.model.read())
+    adapter, at = load_state(path, client.model.read(), run=client.run)
     if at < task.base:
         raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
     if len(task.aggregates) != len(received):
@@ -209,7 +221,7 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> Adapter:
             adapter, _ = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
             at = round_
     if received:
-        save_state(path, adapter, at)
+        save_state(path, adapter, run=client.run, round_=at)
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
     return adapter

@@ -25,7 +25,8 @@ def seal(
 ) -> bytes:
     """The update of one client, weighted by `samples / total` and encrypted, as bytes for the server.
 
-    Raises RangeError for values that are not finite or exceed the session's bound, PlanMismatchError for an adapter of another shape.
+    Raises RangeError for values that are not finite or exceed the session's bound, PlanMismatchError
+    for an adapter of another shape.
     """
     if not 1 <= samples <= total:
         raise RangeError(f"weight {samples}/{total} is not between 0 and 1: the server's total is wrong")
@@ -67,4 +68,3 @@ def unseal(
     args = (session.plan, message.factors, message.contributors, message.total)
     parts = Parts(to_mean(clear, *args) if clear_count else clear, to_mean(hidden, *args) if secret_count else hidden)
     return join(parts, session.plan, message.factors, base), message
-

@@ -108,7 +108,9 @@ class Federation:
             raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
         first = next(h for h in hellos if _common(h) == groups[0][0])
         agreed = [h for h in hellos if _common(h) == groups[0][0]]
-        plan = make_plan(self.settings, first.layers, first.heads, max(h.rank for h in agreed))
+        # also the ranks the settings foresee, so that a client of higher rank may come later
+        ranks = [h.rank for h in agreed] + [c.rank for c in self.settings.federation.clients]
+        plan = make_plan(self.settings, first.layers, first.heads, max(ranks))
         self.session = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
         if first.parameters != self.session.public.digest().hex():
             raise FederationError("the clients' encryption library or parameters differ from the server's")
@@ -128,7 +130,7 @@ class Federation:
             raise SettingsMismatchError(f"{hello.name} runs under other settings than the server")
         if hello.code != code_digest():
             raise SettingsMismatchError(
-                f"{hello.name} runs other code ({hello.code}) than the server ({code_digest()}): install the same version"
+                f"{hello.name} runs other code ({hello.code}) than the server ({code_digest()}): install one version"
             )
         if hello.key != self.session.key_fingerprint:
             raise KeyMismatchError(

@@ -147,9 +147,10 @@ def _own_superlink(scratch: Path, cwd: Path) -> Iterator[dict[str, str]]:
     }
     log = (scratch / "superlink.log").open("wb")
     command = [_flwr("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    with log, subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True
-    ) as process:
+    with (
+        log,
+        subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
         try:
             _wait_until_up(port, process, scratch / "superlink.log")
             yield environment
@@ -165,7 +166,7 @@ def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> No
     deadline = time.monotonic() + _STARTUP_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):  # noqa: S310 - fixed scheme
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

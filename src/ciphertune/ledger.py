@@ -100,7 +100,8 @@ class Ledger:
         asked = len(self._members)
         return (
             f"round {round_ + 1}/{rounds}: {self._present[round_]} of {asked} clients, held-out loss before it "
-            f"{show(self._before[round_])}, up {size(self._last(self._up))} down {size(self._last(self._down))} per client, "
+            f"{show(self._before[round_])}, "
+            f"up {size(self._last(self._up))} down {size(self._last(self._down))} per client, "
             f"{self.encrypted_fraction:.0%} encrypted, {seconds:.0f} s left"
         )
 

@@ -74,8 +74,8 @@ def node_settings(
     key_file = str(config.get("key-file", default.key_file))
     if not key_file and not simulated and settings.crypto.backend != "clear":
         raise SettingsError(
-            "this node has no key file: make one with `ciphertune keys create --out FILE`, hand it to every client, and "
-            "start the node with --node-config 'key-file=\"FILE\"'"
+            "this node has no key file: make one with `ciphertune keys create --out FILE`, hand it to every client, "
+            "and start the node with --node-config 'key-file=\"FILE\"'"
         )
     node = NodeSettings(
         name=name,

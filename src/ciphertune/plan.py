@@ -1,4 +1,4 @@
-"""The plan: what every party of a run knows about what travels. Public, made by the server, digested into every message."""
+"""The plan: what every party of a run knows about what travels. Public, and digested into every message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unequal ranks: what an aggregate's components must be divided by, so that every client gets a mean at its own rank."""
+"""Unequal ranks: what the components of an aggregate are divided by, so that each client gets a mean at its rank."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def divisors(plan: Plan, contributors: Sequence[Contributor], total: int, rank: 
     weights = np.array([c.samples for c in contributors], np.float64) / total
     has = ranks[None, :] > np.arange(rank)[:, None]
     if plan.fit_rank == "pad":
-        return np.where(has.any(axis=1), weights.sum(), 0.0)
-    return np.where(has, weights[None, :], 0.0).sum(axis=1)
+        return np.asarray(np.where(has.any(axis=1), weights.sum(), 0.0))
+    return np.asarray(np.where(has, weights[None, :], 0.0).sum(axis=1))
 
 
 def to_mean(
@@ -48,4 +48,4 @@ def to_mean(
     rank = int(np.count_nonzero(per_component))
     everyone = sum(c.samples for c in contributors) / total
     divisor = np.concatenate([np.full(heads, everyone), np.repeat(per_component[:rank], size)])
-    return packed[: divisor.size] / divisor
+    return np.asarray(packed[: divisor.size] / divisor)

@@ -1,4 +1,4 @@
-"""Flower's run config -> settings. Flower's is flat, so one string carries all overrides; both apps come through here."""
+"""Flower's run config -> settings. It is flat, so one string carries all overrides; both apps come through here."""
 
 from __future__ import annotations
 

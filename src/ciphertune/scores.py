@@ -44,7 +44,7 @@ def seconds_of(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def mean(scores: Sequence[Score]) -> Score | None:
-    """Mean weighted by held-out examples; perplexity is the exponential of the mean loss, not a mean of perplexities."""
+    """Mean weighted by held-out examples; perplexity is the exponential of the mean loss."""
     if not scores:
         return None
     total = sum(s.heldout for s in scores)
@@ -69,7 +69,9 @@ def show(score: Score | None) -> str:
     """A score for people: 3.214 (perplexity 24.9)."""
     if score is None:
         return "-"
-    extra = ", ".join(f"{name} {value:.1%}" if name in _SHARES else f"{name} {value:.4g}" for name, value in score.metrics.items())
+    extra = ", ".join(
+        f"{name} {value:.1%}" if name in _SHARES else f"{name} {value:.4g}" for name, value in score.metrics.items()
+    )
     return f"{score.loss:.3f}" + (f" ({extra})" if extra else "")
 
 
@@ -85,7 +87,17 @@ def lines_of_table(summary: Mapping[str, Any]) -> list[str]:
 
     nodes = summary.get("nodes", {})
     table = Table(title=f"{summary['method']}: {summary['rounds']} rounds, {len(nodes)} clients", title_justify="left")
-    for column in ("client", "rank", "examples", "base", "alone", "federated", "up / round", "down / round", "encrypted"):
+    for column in (
+        "client",
+        "rank",
+        "examples",
+        "base",
+        "alone",
+        "federated",
+        "up / round",
+        "down / round",
+        "encrypted",
+    ):
         table.add_column(column, justify="left" if column == "client" else "right")
     rows: Iterable[tuple[str, Mapping[str, Any]]] = [*nodes.items(), ("all", summary)]
     for name, row in rows:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import SettingsError
+from ciphertune.plain import build
 
 # What only the party itself needs to know; two parties may differ in it and still work together.
 _LOCAL = ("runs_dir", "name", "record_server_view", "record_updates")
@@ -199,14 +200,12 @@ def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:
         raise
     except Exception as error:  # Hydra and OmegaConf have no common base class
         raise SettingsError("bad override: " + " ".join(str(error).split())[:300]) from None
-    assert isinstance(container, dict)
-    return from_dict(container)
+    return from_dict(cast(dict[str, Any], container))
 
 
 def from_dict(values: dict[str, Any]) -> Settings:
     """Settings from nested plain values. Raises SettingsError for an unknown key, a wrong type, choice or range."""
-    settings = _build(Settings, values, "")
-    assert isinstance(settings, Settings)
+    settings = build(Settings, values)
     check(settings)
     return settings
 
@@ -237,7 +236,9 @@ def check(settings: Settings) -> None:
     if crypto.backend == "ckks":
         ckks_params(crypto)
     if method.select == "none" and crypto.backend != "clear":
-        raise SettingsError(f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}")
+        raise SettingsError(
+            f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}"
+        )
     if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
         raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
     if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
@@ -254,49 +255,28 @@ def _get(settings: Settings, dotted: str) -> Any:
     return getattr(getattr(settings, group), key)
 
 
-def _build(kind: type, values: Any, where: str) -> Any:
-    """`kind` filled from `values`; `where` is the dotted path so far."""
-    import typing
-
-    if not isinstance(values, dict):
-        raise SettingsError(f"{where or 'settings'}={values!r}: want keys and values")
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            near = get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else "."
-            raise SettingsError(f"unknown setting {where}{key}{hint} Valid here: {', '.join(hints)}")
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    import typing
-    from dataclasses import is_dataclass
-
-    if is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, f"{where}.")
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, list | tuple):
-            raise SettingsError(f"{where}={value!r}: want a list, e.g. {where}=[...]")
-        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # YAML reads a label or a name such as 0 as a number
-    if type(value) is not hint:
-        raise SettingsError(f"{where}={value!r} is of the wrong type: want {hint.__name__}")
-    return value
-
-
 def _checked(word: str, conf_dir: Path) -> str:
-    """One override: a choice must exist; any other key is let through, `_build` reports the unknown ones."""
+    """One override: a choice must exist; any other key is let through, `build` reports the unknown ones."""
     key, _, choice = word.partition("=")
     if not (conf_dir / key).is_dir():
-        return word if key[:1] in "+~" else f"++{word}"
+        return _quoted(word if key[:1] in "+~" else f"++{word}")
     valid = sorted(p.stem for p in (conf_dir / key).glob("*.yaml"))
     if choice not in (*valid, "null"):
         near = get_close_matches(choice, valid, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise SettingsError(f"unknown {key}={choice}{hint} Valid: {', '.join(valid)}")
     return word
+
+
+def _quoted(word: str) -> str:
+    """Quote a value that Hydra's grammar cannot read bare, such as a path with a space or with {client} in it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+        return word
+    except HydraException:
+        key, _, value = word.partition("=")
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"

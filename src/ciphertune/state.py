@@ -22,13 +22,13 @@ def record(path: Path, adapter: Adapter, **metadata: str) -> None:
     write(path, save(tensors, metadata=metadata))
 
 
-def save_state(path: Path, adapter: Adapter, round_: int) -> None:
-    """The adapter as of the mean of `round_`."""
-    record(path, adapter, round=str(round_))
+def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:
+    """The adapter as of the mean of `round_` of `run`."""
+    record(path, adapter, run=str(run), round=str(round_))
 
 
-def load_state(path: Path, like: Adapter) -> tuple[Adapter, int]:
-    """The stored adapter and its round; `like` and -1 when nothing is stored.
+def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int]:
+    """The stored adapter and its round; `like` and -1 when nothing is stored, or only another run's.
 
     Raises PlanMismatchError when the file is damaged or not of `like`'s shape.
     """
@@ -36,15 +36,22 @@ def load_state(path: Path, like: Adapter) -> tuple[Adapter, int]:
         return like, -1
     try:
         with safe_open(path, framework="numpy") as file:
-            round_ = int((file.metadata() or {})["round"])
+            metadata = file.metadata() or {}
+            round_ = int(metadata["round"])
+            if metadata["run"] != str(run):
+                return like, -1
             layers = {
                 name: LoraFactors(file.get_tensor(f"{name}.a"), file.get_tensor(f"{name}.b"), old.scale)
                 for name, old in like.layers.items()
             }
             heads = {name: file.get_tensor(name) for name in like.heads}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise PlanMismatchError(f"{path} cannot be read back: remove it, and the server sends what is missing") from error
+        raise PlanMismatchError(
+            f"{path} cannot be read back: remove it, and the server sends what is missing"
+        ) from error
     stored = Adapter(layers, heads)
-    if any(stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape for n, f in like.layers.items()):
+    if any(
+        stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape for n, f in like.layers.items()
+    ):
         raise PlanMismatchError(f"{path} is of another rank or model: remove it, and the server sends what is missing")
     return stored, round_

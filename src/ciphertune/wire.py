@@ -117,7 +117,9 @@ def decode(data: bytes, session: Session, expected: Expected) -> Message:
     """The message in `data`. Raises the WireError that names the first thing that does not match."""
     if len(data) < _HEAD.size + _CONTRIBUTOR.size + _DIGEST:
         raise FormatError(f"{len(data)} bytes are too few for a message")
-    magic, kind, factors, parameters, key, plan, settings, run, round_, sender, rank, total, people = _HEAD.unpack_from(data)
+    magic, kind, factors, parameters, key, plan, settings, run, round_, sender, rank, total, people = _HEAD.unpack_from(
+        data
+    )
     if magic != MAGIC:
         raise FormatError("not a ciphertune message of wire version 1")
     # The order gives the most telling error: who made it, with what, for which run.
@@ -170,7 +172,7 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
 
 
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
-    """Raise FormatError unless ranks fit the plan and the weights `samples / total` are positive and sum to at most 1."""
+    """Raise FormatError unless ranks fit the plan and weights `samples / total` are positive and sum to at most 1."""
     if not all(1 <= c.rank <= plan.max_rank and c.samples >= 1 for c in contributors):
         raise FormatError("a contributor has an impossible rank or no samples")
     if sum(c.samples for c in contributors) > total:

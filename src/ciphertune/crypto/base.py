@@ -11,11 +11,11 @@ from typing import Protocol
 class Aggregator(Protocol):
     """A running sum of encrypted vectors.
 
-    Vectors may differ in length: a client of lower rank has fewer blocks, and block i is the sum over those that have it.
+    Vectors may differ in length: a client of lower rank has fewer blocks; block i sums over those that have it.
     """
 
     def add(self, body: bytes) -> None:
-        """Add one vector, a whole number of blocks. Raises WireError on bytes that are no vector; the sum is unchanged."""
+        """Add one vector of whole blocks. Raises WireError on bytes that are none, and leaves the sum as it was."""
 
     def blocks(self) -> int:
         """Blocks of the longest vector so far."""

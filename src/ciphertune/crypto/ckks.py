@@ -16,7 +16,7 @@ import tenseal.sealapi as seal
 from ciphertune.crypto import codec
 from ciphertune.crypto.base import Aggregator
 from ciphertune.crypto.params import CkksParams
-from ciphertune.errors import FormatError
+from ciphertune.errors import FormatError, SettingsError
 
 _SYMMETRIC = 1  # TenSEAL's encryption type, field 4 of its context
 
@@ -62,7 +62,9 @@ class CkksPublic:
         if -(-count // self.slots) != blocks:
             raise FormatError(f"{blocks} ciphertexts where the plan has {-(-count // self.slots)}")
         return [
-            self._proto(body[i * self.block_bytes : (i + 1) * self.block_bytes], min(self.slots, count - i * self.slots))
+            self._proto(
+                body[i * self.block_bytes : (i + 1) * self.block_bytes], min(self.slots, count - i * self.slots)
+            )
             for i in range(blocks)
         ]
 
@@ -110,19 +112,28 @@ class CkksSum:
 
 def moduli(params: CkksParams) -> tuple[int, ...]:
     """The data primes, as SEAL chooses them."""
-    primes = seal.CoeffModulus.Create(params.poly_modulus_degree, list(params.coeff_mod_bits))
-    return tuple(p.value() for p in primes[:-1])
+    return tuple(p.value() for p in _primes(params)[:-1])
+
+
+def _primes(params: CkksParams) -> list[Any]:
+    try:
+        return list(seal.CoeffModulus.Create(params.poly_modulus_degree, list(params.coeff_mod_bits)))
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(
+            f"crypto.coeff_mod_bits={list(params.coeff_mod_bits)}: there are not enough primes of these sizes at "
+            f"poly_modulus_degree={params.poly_modulus_degree}; use larger ones"
+        ) from error
 
 
 def context_bytes(params: CkksParams) -> bytes:
     """TenSEAL's protobuf of a context with no key in it: 1 parameters, 2 flags and scale, 4 encryption type."""
     parameters = seal.EncryptionParameters(seal.SCHEME_TYPE.CKKS)
     parameters.set_poly_modulus_degree(params.poly_modulus_degree)
-    parameters.set_coeff_modulus(
-        seal.CoeffModulus.Create(params.poly_modulus_degree, list(params.coeff_mod_bits))
-    )
+    parameters.set_coeff_modulus(_primes(params))
     blob = codec.Scratch().saved(parameters.save)
-    flags = codec.varint(2 << 3) + codec.varint(7) + codec.varint(3 << 3 | 1) + struct.pack("<d", 2.0**params.scale_bits)
+    flags = (
+        codec.varint(2 << 3) + codec.varint(7) + codec.varint(3 << 3 | 1) + struct.pack("<d", 2.0**params.scale_bits)
+    )
     return codec.field(1, blob) + codec.field(2, flags) + codec.varint(4 << 3) + codec.varint(_SYMMETRIC)
 
 

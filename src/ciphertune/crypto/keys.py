@@ -1,11 +1,11 @@
 """Key files: the one place where a secret key meets the disk.
 
-    offset  size
-       0      8   magic "CTKEY" 0 0 1
-       8     16   digest of the encryption parameters
-      24      8   length of the material
-      32      ?   material: residues of the secret key modulo every prime, NTT order, 8 bytes each, little-endian
-     -32     32   SHA-256 of all that precedes
+offset  size
+   0      8   magic "CTKEY" 0 0 1
+   8     16   digest of the encryption parameters
+  24      8   length of the material
+  32      ?   material: residues of the secret key modulo every prime, NTT order, 8 bytes each, little-endian
+ -32     32   SHA-256 of all that precedes
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_BYTES = 1 << 24
 
 
 def save(key: SecretKey, path: Path) -> None:
-    """Write a key file that only its owner can read. Raises KeyFileError when the file exists: keys are not replaced."""
+    """Write a key file that only its owner can read. Raises KeyFileError when the file exists."""
     material = key.reveal()
     body = _HEAD.pack(_MAGIC, key.params_digest, len(material)) + material
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -49,6 +49,8 @@ class CkksParams:
                 f"crypto.coeff_mod_bits={list(bits)} add up to {sum(bits)}, above the {SECURITY_128[degree]} "
                 f"that 128-bit security allows at poly_modulus_degree={degree}"
             )
+        if not 0 < self.bound < math.inf:
+            raise SettingsError(f"crypto.bound={self.bound:g}: want a positive number")
         # Weights are at most 1 and sum to at most 1, so a weighted sum is no larger than its largest term.
         room = self.data_bits - 2 - self.scale_bits
         if self.scale_bits < 10 or math.log2(self.bound) > room:

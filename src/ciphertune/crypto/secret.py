@@ -48,7 +48,7 @@ class SecretPart(Protocol):
         """16 bytes naming the key; zeros where there is none."""
 
     def encrypt(self, values: npt.NDArray[np.float64]) -> bytes:
-        """Encrypt (count,) values into ceil(count / slots) blocks. Raises RangeError for NaN, infinity or over the bound."""
+        """Encrypt (count,) values into ceil(count / slots) blocks. Raises RangeError: NaN, infinite, over the bound."""
 
     def decrypt(self, body: bytes, count: int) -> npt.NDArray[np.float64]:
         """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks."""

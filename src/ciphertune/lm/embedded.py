@@ -26,7 +26,17 @@ _HELDOUT_ONE_IN = 10
 
 # Never read: tools of their own, and what a Python installation may hold beside its library.
 _SKIPPED = frozenset(
-    "idlelib site-packages dist-packages lib-dynload __pycache__ ensurepip pydoc_data __phello__ this.py".split()
+    [
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "__pycache__",
+        "ensurepip",
+        "pydoc_data",
+        "__phello__",
+        "this.py",
+    ]
 )
 _TESTS = frozenset(("test", "tests"))  # read for pretraining only, where they are installed
 

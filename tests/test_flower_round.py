@@ -1,0 +1,312 @@
+"""Whole federations over real Flower messages, in this process."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federations import Lab, rounds, said, summary
+from flwr.app import ArrayRecord, Message
+from grid import simulated
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from ciphertune import flower
+from ciphertune.client import Client
+
+METHODS = ("sealed", "full_he", "fedavg")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_four_clients_of_unequal_rank_finish_a_run(lab: Lab, method: str) -> None:
+    run = lab(f"method={method}")
+    found = summary(run)
+    assert found["status"] == "completed"
+    assert [n["rank"] for n in found["nodes"].values()] == [2, 4, 8, 8]
+    assert found["federated"]["loss"] < found["base"]["loss"]
+    assert found["encrypted_fraction"] == (0.0 if method == "fedavg" else 1.0)
+
+
+def test_two_nodes_play_four_clients_when_flower_simulates_too_few(lab: Lab, tmp_path: Path) -> None:
+    few = summary(lab("name=few", nodes=simulated(2)))
+    lab.runs = tmp_path / "other"
+    assert few["nodes"] == summary(lab("name=many", nodes=simulated(4)))["nodes"]
+
+
+def test_encrypted_and_clear_runs_of_one_seed_end_at_the_same_loss(lab: Lab, tmp_path: Path) -> None:
+    encrypted = summary(lab("method=sealed"))["federated"]["loss"]
+    lab.runs = tmp_path / "clear"
+    clear = summary(lab("method=sealed crypto=clear"))["federated"]["loss"]
+    assert encrypted == pytest.approx(clear, abs=1e-5)
+
+
+def test_the_saved_adapter_gives_the_logits_the_client_had(lab: Lab, llama: Path, monkeypatch: Any) -> None:
+    logits: dict[str, torch.Tensor] = {}
+    tokens = torch.tensor([[1, 5, 9, 40, 7]])
+    from ciphertune import client as client_module
+
+    def finish(client: Client, *args: Any) -> Any:
+        report = original(client, *args)
+        with torch.no_grad():
+            logits[client.node.name] = client.model.model(tokens).logits
+        return report
+
+    original = client_module.finish
+    monkeypatch.setattr(client_module, "finish", finish)
+    run = lab("method=sealed")
+    assert len(logits) == 4
+    for name, expected in logits.items():
+        base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+        plain = base(tokens).logits
+        tuned = PeftModel.from_pretrained(base, run / "clients" / name / "adapter").eval()
+        with torch.no_grad():
+            assert torch.allclose(tuned(tokens).logits, expected, atol=1e-6)
+        assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_clients_of_one_rank_end_with_the_same_adapter_and_lower_ranks_with_its_beginning(lab: Lab) -> None:
+    run = lab("method=sealed federation.rounds=3")
+    low, _, high, twin = (load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in range(4))
+    assert all(np.array_equal(high[k], twin[k]) for k in high)
+    for name in low:
+        first = high[name][:2] if name.endswith(".a") else high[name][:, :2]
+        assert np.array_equal(low[name], first)
+
+
+def test_what_a_client_receives_is_the_weighted_mean_of_what_the_clients_sent(lab: Lab) -> None:
+    run = lab("method=sealed record_updates=true")
+    updates = [load_file(run / "clients" / f"client-{k}/round_0000/update.safetensors") for k in range(4)]
+    received = load_file(run / "clients/client-3/round_0000/received.safetensors")
+    samples = [summary(run)["nodes"][f"client-{k}"]["samples"] for k in range(4)]
+    for name in (n for n in received if n.endswith(".b")):  # B travels in round 0
+        for component, have in ((0, [0, 1, 2, 3]), (3, [1, 2, 3]), (7, [2, 3])):
+            weights = np.array([samples[k] for k in have], np.float64)
+            mean = sum(w * updates[k][name][:, component].astype(np.float64) for w, k in zip(weights, have, strict=True))
+            assert np.allclose(received[name][:, component], mean / weights.sum(), atol=1e-6)
+
+
+def test_the_server_view_holds_exactly_the_bytes_that_came_and_no_float_of_the_update(lab: Lab) -> None:
+    run = lab("method=sealed record_server_view=true record_updates=true")
+    view = (run / "server_view/round_0000/client-3.msg").read_bytes()
+    sent = {m.metadata.message_id: m for _, m in lab.grid.sent}  # type: ignore[union-attr]
+    assert sent and len(view) == next(
+        r["bytes_up"] for r in rounds(run) if r["stage"] == "update" and r["node"] == "client-3" and r["round"] == 0
+    )
+    update = load_file(run / "clients/client-3/round_0000/update.safetensors")
+    weight = summary(run)["nodes"]["client-3"]["samples"] / sum(n["samples"] for n in summary(run)["nodes"].values())
+    values = next(v for n, v in update.items() if n.endswith(".b")).ravel()
+    values = values[values != 0][:50]
+    for scaled in (values, (values * weight).astype(np.float32)):
+        assert not any(v.tobytes() in view for v in scaled)
+
+
+def test_every_round_is_written_down_with_seconds_and_bytes(lab: Lab) -> None:
+    run = lab("method=sealed")
+    found = rounds(run)
+    for round_ in (0, 1):
+        updates = [r for r in found if r["stage"] == "update" and r["round"] == round_]
+        assert [u["node"] for u in updates] == ["client-0", "client-1", "client-2", "client-3"]
+        for update in updates:
+            assert update["bytes_up"] > update["cipher_bytes"] > 0 == update["clear_bytes"]
+            assert update["values_cipher"] > 0 == update["values_clear"]
+            assert (update["bytes_down"] > 0) == (round_ == 1)
+        stages = {r["stage"] for r in found if r["round"] == round_ and "seconds" in r}
+        assert stages >= {"load", "unseal", "evaluate", "train", "seal", "round"}
+    for name in ("settings.yaml", "versions.json", "plan.json", "server/round_0001.msg"):
+        assert (run / name).is_file()
+
+
+def test_the_comparison_trains_every_client_alone_from_the_same_start(lab: Lab) -> None:
+    found = summary(lab("federation.compare_local=true"))
+    assert all(node["local"]["loss"] != node["federated"]["loss"] for node in found["nodes"].values())
+    assert found["local"]["loss"] < found["base"]["loss"]
+
+
+def _tampered(node: int, round_: int, change: Any) -> Any:
+    """Change the update of one node in one round (rounds are counted from 0)."""
+
+    def tamper(reply: Message, source: int) -> Message:
+        is_update = not reply.has_error() and "payload" in reply.content
+        if source == node and is_update and reply.metadata.group_id == str(round_):
+            change(reply)
+        return reply
+
+    return tamper
+
+
+def test_an_update_that_is_not_finite_leaves_that_client_out_and_the_round_goes_on(
+    lab: Lab, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ciphertune.lm import model as lm_model
+
+    original, calls = lm_model.LoraModel.read, {"n": 0}
+
+    def read(self: lm_model.LoraModel) -> Any:
+        adapter = original(self)
+        if self.rank == 4 and self.frozen == "a":  # client-1 in round 0, after training
+            calls["n"] += 1
+            next(iter(adapter.layers.values())).b[:] = np.nan
+        return adapter
+
+    monkeypatch.setattr(lm_model.LoraModel, "read", read)
+    run = lab("method=sealed")
+    text = said(capsys)
+    assert calls["n"] and re.search(r"round 1: left out client-1: RangeError: .*NaN or infinite", text)
+    assert "round 1/2: 3 of 4 clients" in text and "round 2/2: 4 of 4 clients" in text
+    assert summary(run)["status"] == "completed"
+
+
+def test_a_client_left_out_of_one_round_is_brought_up_to_date_in_the_next(lab: Lab) -> None:
+    def drop(reply: Message) -> None:
+        reply.content["payload"] = ArrayRecord()
+
+    run = lab("method=sealed federation.rounds=4", tamper=_tampered(103, 1, drop))
+    states = [load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in (2, 3)]
+    assert all(np.array_equal(states[0][n], states[1][n]) for n in states[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: data[:-1], "FormatError|bytes where"),
+        (lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:], "damaged"),
+        (lambda data: b"", "too few"),
+        (lambda data: b"\xff" * len(data), "not a ciphertune message"),
+    ],
+)
+def test_a_damaged_update_is_named_and_left_out(
+    lab: Lab, capsys: pytest.CaptureFixture[str], change: Any, reason: str
+) -> None:
+    def damage(reply: Message) -> None:
+        values, payload = flower.unpack(reply.content)
+        reply.content = flower.pack(values, [change(payload[0])])
+
+    run = lab("method=sealed", tamper=_tampered(102, 0, damage))
+    assert re.search(f"round 1: left out client-2: .*({reason})", said(capsys))
+    assert summary(run)["status"] == "completed"
+
+
+def test_a_replayed_update_of_an_earlier_round_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    kept: list[bytes] = []
+
+    def tamper(reply: Message, source: int) -> Message:
+        if source == 101 and "payload" in reply.content:
+            values, payload = flower.unpack(reply.content)
+            kept.append(payload[0])
+            reply.content = flower.pack(values, [kept[0]])
+        return reply
+
+    lab("method=fedavg", tamper=tamper)
+    assert "round 2: left out client-1: the message is of round 0, expected 1" in said(capsys)
+
+
+def test_a_round_with_fewer_than_the_minimum_of_updates_fails_the_run_in_plain_words(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tamper(reply: Message, source: int) -> Message:
+        if source != 103 and "payload" in reply.content:
+            reply.content["payload"] = ArrayRecord()
+        return reply
+
+    with pytest.raises(Exception, match="fewer than federation.min_contributors"):
+        lab("method=sealed", tamper=tamper)
+    (run,) = lab.runs.iterdir()
+    assert summary(run)["status"] == "failed" and "min_contributors" in summary(run)["reason"]
+    assert not list(run.glob("server/*.msg"))
+    assert "run failed after" in said(capsys)
+
+
+def test_fewer_clients_than_the_minimum_fail_the_run_at_once_in_simulation(lab: Lab) -> None:
+    with pytest.raises(Exception, match=r"4 of at least 5 clients \(federation.min_clients\) have joined"):
+        lab("federation.min_clients=5")
+
+
+def test_fewer_clients_than_the_minimum_are_waited_for_and_then_fail_the_run(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = {7: {"name": "lab-a", "data-path": str(tmp_path / "lab-0.jsonl"), "rank": 4}}
+    with pytest.raises(Exception, match=r"1 of at least 4 clients"):
+        lab("method=fedavg federation.wait_timeout=1.5", nodes=nodes)
+    assert "waiting up to 2 s: 1 of at least 4 clients (federation.min_clients) have joined (lab-a)" in said(capsys)
+
+
+def test_a_client_with_another_key_is_left_out_and_both_fingerprints_are_shown(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ciphertune.cli import main
+
+    for name in ("good", "other"):
+        assert main(["keys", "create", "--out", str(tmp_path / f"{name}.key"), "--app", str(Path(__file__).parents[1])]) == 0
+    good, other = re.findall(r"fingerprint (\w+)", said(capsys))
+    nodes = {
+        k: {
+            "name": f"lab-{k}",
+            "data-path": str(tmp_path / f"lab-{k}.jsonl"),
+            "rank": 2,
+            "key-file": str(tmp_path / ("other.key" if k == 2 else "good.key")),
+        }
+        for k in range(4)
+    }
+    run = lab("federation.min_clients=3", nodes=nodes)
+    assert f"left out lab-2: lab-2 holds key {other}, the others hold {good}" in said(capsys)
+    assert set(summary(run)["nodes"]) == {"lab-0", "lab-1", "lab-3"}
+
+
+def test_a_client_under_other_settings_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    original = type(lab.grid).push_messages if lab.grid else None
+    assert original is None
+    import grid
+
+    class Split(grid.LocalGrid):
+        def push_messages(self, messages: Any) -> Any:
+            ids = []
+            for message in messages:
+                config = dict(self.run_config)
+                if message.metadata.dst_node_id == 101:
+                    self.run_config = config | {"overrides": config["overrides"] + " training.learning_rate=0.5"}
+                ids += list(super().push_messages([message]))
+                self.run_config = config
+            return ids
+
+    import federations
+
+    federations.LocalGrid, kept = Split, federations.LocalGrid  # type: ignore[misc]
+    try:
+        lab("federation.min_clients=3")
+    finally:
+        federations.LocalGrid = kept  # type: ignore[misc]
+    assert re.search(r"left out node \w+: SettingsMismatchError: this client's settings differ", said(capsys))
+
+
+def test_a_real_nodes_error_text_stays_on_the_node(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes: dict[int, dict[str, Any]] = {
+        k: {"name": f"lab-{k}", "data-path": str(tmp_path / f"lab-{k}.jsonl"), "rank": 2} for k in range(3)
+    }
+    nodes[3] = {"name": "lab-3", "data-path": str(tmp_path / "secret-patients.jsonl"), "rank": 2}
+    lab("method=fedavg federation.min_clients=3", nodes=nodes)
+    lines = said(capsys).splitlines()
+    server = [line for line in lines if "left out" in line]
+    assert len(server) == 1 and "DataError: see its own log" in server[0] and "secret-patients" not in server[0]
+    assert any(line.startswith("ciphertune | lab-3: DataError:") and "secret-patients" in line for line in lines)
+
+
+def test_a_node_without_a_key_file_is_told_how_to_get_one(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = {5: {"name": "lab-a", "data-path": str(tmp_path / "lab-0.jsonl")}}
+    with pytest.raises(Exception, match="0 of at least"):
+        lab("federation.wait_timeout=1", nodes=nodes)
+    assert "ciphertune keys create --out FILE" in said(capsys)
+
+
+def test_a_fraction_of_the_clients_is_asked_and_the_others_catch_up(lab: Lab) -> None:
+    run = lab("method=sealed federation.rounds=5 federation.fraction=0.5")
+    asked = [[r["node"] for r in rounds(run) if r["stage"] == "update" and r["round"] == t] for t in range(5)]
+    assert all(len(a) == 2 for a in asked) and len({tuple(a) for a in asked}) > 1
+    high, twin = (load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in (2, 3))
+    assert all(np.array_equal(high[n], twin[n]) for n in high)
