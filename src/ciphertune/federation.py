@@ -63,10 +63,12 @@ class Member:
 def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hello:
     """Check what came over the wire. Raises FormatError."""
     try:
+        if not isinstance(values["name"], str):
+            raise TypeError
         hello = Hello(
             node_id=node_id,
             client=client,
-            name=str(values["name"]),
+            name=values["name"],
             rank=int(values["rank"]),
             samples=int(values["samples"]),
             simulated=bool(values["simulated"]),

@@ -67,6 +67,9 @@ class CkksSecret:
     def __repr__(self) -> str:
         return f"CkksSecret(fingerprint={self.fingerprint.hex()})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("a secret key cannot be pickled")  # TenSEAL's context ends the process at protocols 0 and 1
+
 
 def _secret_context(params: CkksParams, key: SecretKey) -> Any:
     """The keyless context with the secret key appended to its protobuf (field 3)."""
@@ -75,5 +78,7 @@ def _secret_context(params: CkksParams, key: SecretKey) -> Any:
     if words.size != expected:
         raise KeyFileError(f"key {key.fingerprint.hex()} has {words.size} residues where {expected} are expected")
     parms_id = CkksPublic(params).context.seal_context().data.key_parms_id()
-    blob = codec.seal_secret_key(words.reshape(len(params.coeff_mod_bits), -1), struct.pack("<4Q", *parms_id))
+    # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
+    meta = struct.pack("<4QQd", *parms_id, words.size, 1.0)
+    blob = codec.with_header(meta + codec.seal_array(words))
     return ts.context_from(context_bytes(params) + codec.field(3, codec.field(1, blob)), n_threads=1)

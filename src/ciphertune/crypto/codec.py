@@ -63,19 +63,13 @@ def seal_ciphertext(residues: Residues, parms_id: bytes, scale: float) -> bytes:
     """A SEAL ciphertext blob from residues of shape (2, primes, N) in NTT form."""
     polys, primes, degree = residues.shape
     meta = _META.pack(parms_id, 1, polys, degree, primes, scale, 1)
-    return _with_header(meta + seal_array(residues))
+    return with_header(meta + seal_array(residues))
 
 
 def seal_array(residues: Residues) -> bytes:
     """SEAL's serialised array of 64-bit words."""
     data = residues.astype("<u8").tobytes()
-    return _with_header(struct.pack("<Q", len(data) // 8) + data)
-
-
-def seal_secret_key(residues: Residues, parms_id: bytes) -> bytes:
-    """A SEAL secret key blob (a plaintext in NTT form) from residues of shape (primes, N)."""
-    meta = struct.pack("<32sQd", parms_id, residues.size, 1.0)
-    return _with_header(meta + seal_array(residues))
+    return with_header(struct.pack("<Q", len(data) // 8) + data)
 
 
 def blob_body(blob: bytes) -> bytes:
@@ -142,5 +136,6 @@ class Scratch:
             Path(self.path).unlink(missing_ok=True)
 
 
-def _with_header(body: bytes) -> bytes:
+def with_header(body: bytes) -> bytes:
+    """A SEAL blob around `body`, uncompressed."""
     return _HEADER.pack(_SEAL_MAGIC, _HEADER.size, 4, 3, 0, 0, _HEADER.size + len(body)) + body

@@ -1,0 +1,171 @@
+"""Admission, sampling and what a client still has to be sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.crypto.clear_secret import ClearSecret
+from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
+from ciphertune.exchange import seal, unseal
+from ciphertune.federation import Federation, Hello, parse_hello
+from ciphertune.plan import LayerShape
+from ciphertune.settings import CryptoSettings, FederationSettings, Settings
+from ciphertune.versions import code_digest
+from ciphertune.wire import encode
+
+SETTINGS = Settings(
+    crypto=CryptoSettings(backend="clear", precision="float64"), federation=FederationSettings(min_contributors=1)
+)
+LAYERS = (LayerShape("one", 5, 3), LayerShape("two", 2, 4))
+
+
+def hello(name: str, rank: int = 2, **changes: Any) -> Hello:
+    base = Hello(
+        node_id=1,
+        client=None,
+        name=name,
+        rank=rank,
+        samples=10,
+        simulated=False,
+        key=bytes(16),
+        parameters=ClearPublic("float64").digest().hex(),
+        settings=SETTINGS.digest().hex(),
+        code=code_digest(),
+        initial="ab" * 8,
+        layers=LAYERS,
+        heads=(),
+    )
+    return replace(base, **changes)
+
+
+def settled(*hellos: Hello) -> Federation:
+    federation = Federation(SETTINGS, 3)
+    assert federation.settle(hellos) == []
+    return federation
+
+
+def test_the_larger_group_with_one_key_stays_and_the_other_is_told_both_fingerprints() -> None:
+    federation = Federation(SETTINGS, 3)
+    refused = federation.settle([hello("a"), hello("b", key=b"\1" * 16), hello("c")])
+    assert [m.name for m in federation.members] == ["a", "c"]
+    ((who, reason),) = refused
+    assert who.name == "b" and "01" * 16 in reason and "00" * 16 in reason
+
+
+def test_two_sides_of_equal_size_cannot_be_settled() -> None:
+    with pytest.raises(FederationError, match=r"holds key .* holds .*give all clients one key file"):
+        Federation(SETTINGS, 3).settle([hello("a"), hello("b", key=b"\1" * 16)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"key": b"\2" * 16}, KeyMismatchError),
+        ({"settings": "00" * 16}, SettingsMismatchError),
+        ({"code": "00" * 8}, SettingsMismatchError),
+        ({"layers": LAYERS[:1]}, PlanMismatchError),
+        ({"initial": "cd" * 8}, PlanMismatchError),
+        ({"rank": 9}, PlanMismatchError),
+        ({"name": "a"}, FormatError),
+    ],
+)
+def test_a_late_client_that_does_not_fit_is_refused(changes: dict[str, Any], error: type[Exception]) -> None:
+    federation = settled(hello("a"), hello("b"))
+    with pytest.raises(error):
+        federation.admit(hello("late", **changes) if "name" not in changes else hello("a"))
+    assert len(federation.members) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../x"},
+        {"name": None},
+        {"rank": 0},
+        {"rank": 10**9},
+        {"samples": 0},
+        {"samples": "many"},
+        {"key": "zz"},
+        {"key": "00"},
+        {"initial": "<script>"},
+        {"layers": [["x", 0, 4]]},
+        {"layers": [["x", 2**40, 4]]},
+        {"layers": 7},
+        {"heads": [["h", [2, -1]]]},
+    ],
+)
+def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+    good = {
+        "name": "a",
+        "rank": 2,
+        "samples": 3,
+        "simulated": False,
+        "key": "00" * 16,
+        "parameters": "00" * 16,
+        "settings": "00" * 16,
+        "code": "00" * 8,
+        "initial": "00" * 8,
+        "layers": [["x", 3, 4]],
+        "heads": [["h", [2, 3]]],
+    }
+    assert parse_hello(good, 1, None).layers == (LayerShape("x", 3, 4),)
+    with pytest.raises(FormatError):
+        parse_hello(good | changes, 1, None)
+
+
+def test_sampling_asks_the_share_but_never_fewer_than_could_be_released() -> None:
+    federation = settled(*(hello(f"c{k}") for k in range(10)))
+    federation.settings = replace(SETTINGS, federation=FederationSettings(fraction=0.3, min_contributors=2))
+    assert len(federation.sample(federation.members)) == 3
+    federation.settings = replace(SETTINGS, federation=FederationSettings(fraction=0.01, min_contributors=2))
+    assert len(federation.sample(federation.members)) == 2
+
+
+def _adapter(rank: int, value: float) -> Adapter:
+    return Adapter({x.name: LoraFactors(np.full((rank, x.n), value), np.full((x.m, rank), value), 2.0) for x in LAYERS}, {})
+
+
+def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_component() -> None:
+    """Rounds 0..4 alternate B and A; rank 8 took part only in rounds 0 and 1. Who comes back must end like who stayed."""
+    federation = settled(hello("low", 2), hello("high", 8), hello("stayed", 8))
+    assert federation.session is not None
+    session, secret = federation.session, ClearSecret(ClearPublic("float64"), 1e9)
+    low, high, stayed = federation.members
+    states = {m.name: _adapter(m.hello.rank, 0.0) for m in federation.members}
+
+    def bring_up(member: Any) -> None:
+        for message in federation.catch_up(member):
+            data = encode(message, session)
+            states[member.name], _ = unseal(
+                data, session, secret, round_=message.round, rank=message.rank, base=states[member.name]
+            )
+            member.have = message.round
+
+    for round_ in range(5):
+        bring_up(stayed)
+        chosen = [low, high] if round_ < 2 else [low]
+        sum_ = federation.open_round(round_, chosen)
+        for member in chosen:
+            bring_up(member)
+            update = _adapter(member.hello.rank, round_ + 1.0)
+            sent = seal(update, session, secret, round_=round_, sender=member.number, samples=10, total=10 * len(chosen))
+            sum_.add(sent, sender=member.number, who=member.contributor)
+        federation.close_round(sum_)
+    # it holds round 0; round 1 has the newest of A above the second component, 3 and 4 the newest below
+    assert [m.round for m in federation.catch_up(high)] == [1, 3, 4]
+    bring_up(stayed)
+    high.have = -1
+    states["high"] = _adapter(8, 0.0)
+    assert [m.round for m in federation.catch_up(high)] == [0, 1, 3, 4]
+    bring_up(high)
+    for name in ("one", "two"):
+        for got, want in ((states["high"].layers[name], states["stayed"].layers[name]),):
+            assert np.array_equal(got.a, want.a) and np.array_equal(got.b, want.b)
+    assert states["high"].layers["one"].b[0].tolist() == [5.0, 5.0] + [1.0] * 6
+    assert states["high"].layers["one"].a[:, 0].tolist() == [4.0, 4.0] + [2.0] * 6

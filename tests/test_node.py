@@ -1,0 +1,69 @@
+"""What a node says of itself, and what simulation fills in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ciphertune.errors import SettingsError
+from ciphertune.node import node_settings, run_folder
+from ciphertune.settings import ClientSettings, FederationSettings, Settings
+
+SETTINGS = Settings(
+    federation=FederationSettings(clients=(ClientSettings(rank=2), ClientSettings(rank=4, budget=0.5))), runs_dir="/runs"
+)
+
+
+def node(config: dict[str, Any], client: int | None = None) -> Any:
+    return node_settings(SETTINGS, config, 7, node_id=99, client=client)
+
+
+def test_simulation_takes_each_clients_defaults_from_the_federation() -> None:
+    first, second = node({"partition-id": 0, "num-partitions": 2}), node({"partition-id": 1, "num-partitions": 2})
+    assert (first.rank, second.rank, second.budget) == (2, 4, 0.5)
+    assert (first.name, first.simulated, first.clients) == ("client-0", True, 2)
+
+
+def test_a_simulated_node_plays_the_client_it_is_asked_to() -> None:
+    assert node({"partition-id": 0, "num-partitions": 1}, client=1).rank == 4
+
+
+def test_a_real_nodes_own_settings_win() -> None:
+    config = {"name": "lab-a", "rank": 16, "budget": 0.25, "data-path": "/d", "key-file": "/k", "device": "cpu"}
+    found = node({**config, "partition-id": 1})
+    assert (found.name, found.rank, found.budget, found.data_path) == ("lab-a", 16, 0.25, "/d")
+    assert (found.key_file, found.simulated) == (Path("/k"), False)
+
+
+def test_a_real_node_cannot_be_told_by_the_server_to_play_another_client() -> None:
+    assert node({"name": "lab-a", "key-file": "/k", "partition-id": 0}, client=1).index == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"rnak": 4}, "unknown node setting rnak"),
+        ({"name": "lab-a"}, "no key file"),
+        ({"name": "../etc", "key-file": "/k"}, r"name='../etc'"),
+        ({"name": "a", "key-file": "/k", "rank": 0}, "rank=0"),
+        ({"name": "a", "key-file": "/k", "rank": 2.5}, "rank=2.5"),
+        ({"name": "a", "key-file": "/k", "rank": "8"}, "rank='8'"),
+        ({"name": "a", "key-file": "/k", "budget": 1.01}, "budget=1.01"),
+    ],
+)
+def test_a_bad_node_setting_is_named(config: dict[str, Any], part: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        node(config)
+    assert part in str(caught.value)
+
+
+def test_all_parties_derive_the_same_run_folder_name() -> None:
+    assert run_folder(Settings(runs_dir="/r"), 7) == Path("/r/sealed-00000007")
+    assert run_folder(Settings(name="mine"), 7, "/own") == Path("/own/mine")
+
+
+def test_a_relative_folder_is_under_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIPHERTUNE_HOME", "/somewhere")
+    assert run_folder(Settings(name="mine"), 7) == Path("/somewhere/runs/mine")

@@ -1,0 +1,119 @@
+"""Settings: every shipped choice composes, and every mistake gets one line that names it and the remedy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import CONF
+
+from ciphertune.errors import SettingsError
+from ciphertune.run_config import settings_of
+from ciphertune.settings import Settings, check, compose
+
+CHOICES = [
+    f"{folder.name}={file.stem}" for folder in sorted(CONF.iterdir()) if folder.is_dir() for file in folder.glob("*.yaml")
+]
+NEEDS = {"model=classifier": ["data=jsonl", "data.labels=[no,yes]"]}
+
+
+def line(*overrides: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        compose(CONF, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_shipped_choice_composes(choice: str) -> None:
+    assert isinstance(compose(CONF, [choice, *NEEDS.get(choice, [])]), Settings)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_says_in_its_header_how_to_run_it(choice: str) -> None:
+    group, name = choice.split("=")
+    head = (CONF / group / f"{name}.yaml").read_text().split("\n")[:2]
+    assert any(text.startswith("# ciphertune run ") and choice in text for text in head)
+
+
+def test_the_default_is_four_clients_of_unequal_rank_with_everything_encrypted() -> None:
+    settings = compose(CONF)
+    assert (settings.method.name, settings.method.select, settings.crypto.backend) == ("sealed", "all", "ckks")
+    assert [c.rank for c in settings.federation.clients] == [2, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("federation.round=3", ("unknown setting federation.round", "did you mean federation.rounds?")),
+        ("modle.rank=3", ("unknown setting modle", "did you mean model?")),
+        ("nosuch=3", ("unknown setting nosuch", "training")),
+        ("method=seald", ("unknown method=seald", "did you mean sealed?", "fedavg", "full_he")),
+        ("experiment=nosuch", ("unknown experiment=nosuch", "smoke")),
+        ("model.rank=eight", ("model.rank='eight'", "want int")),
+        ("model.rank=true", ("model.rank=True", "want int")),
+        ("model.rank=0", ("model.rank=0", "1 to 4096")),
+        ("training.learning_rate=nan", ("training.learning_rate=nan", "out of range")),
+        ("method.share=half", ("method.share='half'", "both, alternate, b_only")),
+        ("model.targets=q_proj", ("model.targets='q_proj'", "want a list")),
+        ("federation.clients=[{rank:4},{rank:0}]", ("federation.clients[1].rank=0",)),
+        ("federation.clients=[{rank:4,budget:1.5}]", ("federation.clients[0].budget=1.5", "0 to 1")),
+        ("federation.clients=[]", ("federation.clients is empty",)),
+        ("federation.min_contributors=9", ("min_contributors=9 exceeds federation.min_clients=4",)),
+        ("crypto.coeff_mod_bits=[54,55]", ("add up to 109", "106", "128-bit")),
+        ("crypto.scale_bits=52", ("could wrap around",)),
+        ("name=a/b", ("name='a/b'",)),
+        ("'unclosed", ("bad override",)),
+    ],
+)
+def test_a_bad_override_gets_one_line_that_names_it(override: str, parts: tuple[str, ...]) -> None:
+    text = line(*([override] if not override.startswith("'") else ["data.path=x", "model.rank=${nosuch}"]))
+    for part in parts if not override.startswith("'") else ("bad override", "nosuch"):
+        assert part in text
+
+
+def test_an_unclosed_quote_in_the_one_string_is_named() -> None:
+    with pytest.raises(SettingsError, match="No closing quotation"):
+        compose(CONF, "data.path='x")
+
+
+def test_a_clear_method_refuses_an_encrypting_backend() -> None:
+    assert "sends everything in the clear" in line("method=fedavg", "crypto=ckks")
+
+
+def test_a_method_chooses_its_crypto_and_the_command_line_wins() -> None:
+    assert compose(CONF, ["method=fedavg"]).crypto.backend == "clear"
+    assert compose(CONF, ["method=full_he"]).crypto.poly_modulus_degree == 8192
+    assert compose(CONF, ["method=full_he", "crypto=ckks"]).crypto.poly_modulus_degree == 4096
+
+
+def test_a_path_with_spaces_braces_and_quotes_arrives_as_written() -> None:
+    path = "/data/a lab's {client}=1.jsonl"
+    assert compose(CONF, [f"data.path={path}"]).data.path == path
+
+
+def test_labels_that_look_like_numbers_are_text() -> None:
+    assert compose(CONF, ["data.labels=[0,1]"]).data.labels == ("0", "1")
+
+
+def test_the_digest_covers_what_parties_must_agree_on_and_not_where_files_go() -> None:
+    settings = Settings()
+    assert replace(settings, runs_dir="/elsewhere", name="x", record_updates=True).digest() == settings.digest()
+    assert replace(settings, seed=1).digest() != settings.digest()
+    assert replace(settings, method=replace(settings.method, select="none")).digest() != settings.digest()
+
+
+def test_flowers_own_number_of_rounds_wins() -> None:
+    config = {"overrides": "federation.rounds=3", "num-server-rounds": 5, "runs-dir": ""}
+    assert settings_of(CONF, config).federation.rounds == 5
+
+
+def test_the_dataclass_defaults_are_valid() -> None:
+    check(Settings())
+
+
+def test_a_folder_without_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"no config\.yaml in"):
+        compose(tmp_path)
