@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,11 @@ from ciphertune.progress import MARK
 from ciphertune.run_config import settings_of
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
+
+# Before torch is imported: waiting OpenMP threads must not spin where several clients share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# flwr-datasets would report the name of a hub data set.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 CONF = Path(__file__).parents[1] / "conf"
 Step = Callable[[Any, dict[str, Any], list[bytes]], tuple[dict[str, Any], list[bytes]]]

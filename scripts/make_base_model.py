@@ -1,6 +1,6 @@
 """Make the small base model that ships with the package, and its tokenizer, from scratch.
 
-    python scripts/make_base_model.py                 about 20 minutes on two cores; into src/ciphertune/assets/base
+    python scripts/make_base_model.py                 about 15 minutes on one core; into src/ciphertune/assets/base
     python scripts/make_base_model.py --steps 100     a quick look
 
 The text is `ciphertune.lm.embedded.pretraining_text()` of the Python that runs this, and nothing else. The same Python,
@@ -115,8 +115,8 @@ def loss_on(model: LlamaForCausalLM, row: torch.Tensor, length: int = 128) -> fl
     """Mean cross-entropy in nats per token over `row`, cut into pieces of `length` tokens."""
     model.eval()
     pieces = row[: len(row) // length * length].view(-1, length)
-    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in pieces.split(32)]
-    return sum(losses) / len(pieces)
+    losses = [model(input_ids=part, labels=part).loss.item() * len(part) for part in torch.split(pieces, 32)]
+    return float(sum(losses) / len(pieces))
 
 
 def rate(step: int, steps: int) -> float:
@@ -145,7 +145,7 @@ def step_all(model: LlamaForCausalLM, chosen: list[torch.optim.Optimizer], batch
             group["lr"] = optimizer.defaults["lr"] * share
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+    return float(loss.detach())
 
 
 def train(model: LlamaForCausalLM, row: torch.Tensor, kept: torch.Tensor, args: argparse.Namespace) -> None:
@@ -188,7 +188,7 @@ without a download. It is a base to tune, not a model to rely on.
 - Text: docstrings and comments of the Python {python} standard library ({characters:,} characters), without the modules
   and the language reference that `ciphertune.lm.embedded.tuning_topics` gives to clients. Nothing else.
 - Made by `python scripts/make_base_model.py --steps {steps} --seed {seed} --threads {threads}` in {minutes:.0f} minutes
-  on two CPU cores, with torch {torch}.
+  on a CPU, with torch {torch}.
 - Loss in nats per token, in pieces of 128: {kept:.2f} on pretraining text kept aside, {tuning:.2f} on the held-out
   passages of four tuning topics ({uniform:.2f} is guessing).
 
@@ -201,9 +201,9 @@ def arguments() -> argparse.Namespace:
     root = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(description="make the embedded base model")
     parser.add_argument("--out", type=Path, default=root / "src" / "ciphertune" / "assets" / "base")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; more are slower on a busy machine")
     parser.add_argument("--rate", type=float, default=3e-3, help="largest learning rate of AdamW")
     parser.add_argument("--muon-rate", type=float, default=0.02, help="largest learning rate of Muon")
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -225,7 +225,7 @@ def main() -> None:
     kept = encode(tokenizer, texts[::40])
     model = make_model(args.hidden, args.layers, args.heads)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{len(texts)} texts, {len(row)} tokens to train on, {len(kept)} kept aside, {parameters} parameters", flush=True)
+    print(f"{len(texts)} texts, {len(row)} tokens and {len(kept)} kept aside, {parameters} parameters", flush=True)
     train(model, row, kept, args)
     before = loss_on(model, kept)
     save(model, tokenizer, args.out)

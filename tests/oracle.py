@@ -1,6 +1,7 @@
 """The slow, obvious computation in float64, written from the definitions of the methods, and the small cases it is for.
 
-Notation: client i holds A_i (r_i, n), B_i (m, r_i), N_i samples and the common scale s; dW_i = s B_i A_i, w_i = N_i / sum N.
+Notation: client i holds A_i (r_i, n), B_i (m, r_i), N_i samples and the common scale s;
+dW_i = s B_i A_i, w_i = N_i / sum N.
 Nothing here computes with the code under test: of the package only value types and constructors are used.
 """
 
@@ -111,8 +112,56 @@ def modular_sum(bodies: Sequence[bytes], params: CkksParams, moduli: Sequence[in
     return body_of(total, params)
 
 
+def key_residues(material: bytes, params: CkksParams) -> npt.NDArray[np.uint64]:
+    """A key's material -> (primes, N), the special prime last."""
+    return np.frombuffer(material, "<u8").reshape(len(params.coeff_mod_bits), -1)
+
+
+def coefficients(values: npt.NDArray[np.uint64], q: int) -> npt.NDArray[np.object_]:
+    """A polynomial from its values at the powers psi^(2e+1), stored in bit-reversed order of e; centred modulo q.
+
+    psi is the smallest primitive 2N-th root of unity modulo q, as in SEAL.
+    """
+    degree = len(values)
+    bits = degree.bit_length() - 1
+    natural = np.array([int(values[int(f"{e:0{bits}b}"[::-1], 2)]) for e in range(degree)], object)
+    some = next(r for g in range(2, q) if pow(r := pow(g, (q - 1) // (2 * degree), q), degree, q) == q - 1)
+    square, odd = some * some % q, [some]
+    while len(odd) < degree:
+        odd.append(odd[-1] * square % q)
+    inverse = pow(min(odd), -1, q)
+
+    def transform(x: npt.NDArray[np.object_], root: int) -> npt.NDArray[np.object_]:
+        if len(x) == 1:
+            return x
+        even, uneven = transform(x[::2], root * root % q), transform(x[1::2], root * root % q)
+        twisted = _powers(root, len(even), q) * uneven % q
+        return np.concatenate([(even + twisted) % q, (even - twisted) % q])
+
+    found = transform(natural, inverse * inverse % q) * _powers(inverse, degree, q) * pow(degree, -1, q) % q
+    return np.where(found > q // 2, found - q, found)
+
+
+def decrypted(block: npt.NDArray[np.uint64], key: bytes, params: CkksParams, q: int) -> Matrix:
+    """CKKS by its definition, modulo the first prime: the slots of (c0 + c1 s) / scale, slot i at exp(pi i/N)^(3^i)."""
+    s = key_residues(key, params)[0].astype(object)
+    plain = coefficients((block[0, 0].astype(object) + block[1, 0].astype(object) * s) % q, q).astype(np.float64)
+    degree = len(plain)
+    twisted = plain * np.exp(1j * np.pi * np.arange(degree) / degree)
+    odd_powers = np.fft.ifft(twisted) * degree  # m at exp(pi i (2e + 1) / N)
+    slots = [odd_powers[(pow(3, i, 2 * degree) - 1) // 2].real for i in range(degree // 2)]
+    return np.array(slots) / 2.0**params.scale_bits
+
+
+def _powers(root: int, count: int, q: int) -> npt.NDArray[np.object_]:
+    out = [1]
+    while len(out) < count:
+        out.append(out[-1] * root % q)
+    return np.array(out, object)
+
+
 def first_primes(bits: int, degree: int, count: int) -> list[int]:
-    """The `count` largest primes of `bits` bits that are 1 modulo 2N, so that the ring has a number-theoretic transform."""
+    """The `count` largest primes of `bits` bits that are 1 modulo 2N."""
     found: list[int] = []
     candidate = ((1 << bits) - 1) // (2 * degree) * (2 * degree) + 1
     while len(found) < count:

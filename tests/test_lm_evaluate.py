@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,16 @@ def test_the_adapter_counts_unless_it_is_disabled(llama: LoraModel) -> None:
     llama.write(initial)
     assert abs(adapted - base) > 1e-3
     assert disabled == base
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    settings = ModelSettings(name=str(tiny_llama(tmp_path / "base")), max_length=32, dropout=0.5)
+    model = load(settings, rank=4, device="cpu")
+    model.write(Adapter({n: replace(f, b=np.full_like(f.b, 0.3)) for n, f in model.read().layers.items()}, {}))
+    model.model.train()
+    first = evaluate(model, examples(model), ONE_THREAD).loss
+    model.model.train()
+    assert evaluate(model, examples(model), ONE_THREAD).loss == first
 
 
 def test_classification(bert: LoraModel) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import ModelError
-from ciphertune.lm.model import LoraModel, load, load_tokenizer, resolve
+from ciphertune.lm.model import LoraModel, load
 from ciphertune.settings import ModelSettings
 from tests.tiny import tiny_bert, tiny_classifier, tiny_llama
 
@@ -128,7 +128,8 @@ def test_initial_adapters_are_nested_across_ranks_and_independent_of_torch(llama
         assert not factors.b.any()
         assert not np.array_equal(factors.a, other.layers[name].a)
         assert len(np.unique(factors.a)) > 120  # no row or layer repeats another
-        assert 0.9 / np.sqrt(32) < np.abs(factors.a).max() <= 1 / np.sqrt(32)
+        assert 0.9 / np.sqrt(32) < factors.a.max() <= 1 / np.sqrt(32)
+        assert -1 / np.sqrt(32) <= factors.a.min() < -0.9 / np.sqrt(32)
     q = [f.a for name, f in small.layers.items() if name.endswith("q_proj")]
     assert not np.array_equal(q[0], q[1])
 
@@ -169,12 +170,16 @@ def test_a_head_that_the_folder_has_is_kept_and_one_of_another_size_replaced(tmp
     settings = ModelSettings(name=str(folder), task="classification", targets=("query",), max_length=32)
     kept = load(settings, rank=2, labels=["no", "yes"], device="cpu").read()
     np.testing.assert_array_equal(kept.heads["classifier.weight"], stored)
-    replaced = load(settings, rank=2, labels=["a", "b", "c"], device="cpu").read()
-    assert replaced.heads["classifier.weight"].shape == (3, 32)
+    replaced = [load(settings, rank=2, labels=["a", "b", "c"], device="cpu").read() for _ in range(2)]
+    assert replaced[0].heads["classifier.weight"].shape == (3, 32)
+    np.testing.assert_array_equal(replaced[0].heads["classifier.weight"], replaced[1].heads["classifier.weight"])
 
 
-def test_a_decoder_can_classify(llama: ModelSettings) -> None:
-    model = load(replace(llama, task="classification"), rank=2, labels=["no", "yes"], device="cpu")
+@pytest.mark.parametrize("padding", [0, None])
+def test_a_decoder_can_classify(padding: int | None, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path / "base", padding=padding)
+    settings = ModelSettings(name=str(folder), task="classification", max_length=32)
+    model = load(settings, rank=2, labels=["no", "yes"], device="cpu")
     assert list(model.read().heads) == ["score.weight"]
     padded = torch.tensor([[1, 40, 41, 0, 0]])
     with torch.no_grad():
@@ -254,90 +259,7 @@ def test_write_refuses_missing_heads(bert: ModelSettings) -> None:
         model.write(Adapter(model.read().layers, {}))
 
 
-def test_resolve(tmp_path: Path, llama: ModelSettings) -> None:
-    assert resolve(llama.name) == llama.name
-    assert resolve("someone/some-model") == "someone/some-model"
-    embedded = Path(resolve("embedded"))
-    assert embedded.parts[-3:] == ("ciphertune", "assets", "base")
-    (tmp_path / "file").touch()
-    for name, message in [
-        ("", "model.name is empty"),
-        (str(tmp_path / "nothing"), f"'{tmp_path}/nothing' does not exist"),
-        ("./nothing", r"'\./nothing' does not exist"),
-        (str(tmp_path), "no config.json"),
-        (str(tmp_path / "file"), "is a file"),
-    ]:
-        with pytest.raises(ModelError, match=message) as caught:
-            resolve(name)
-        assert "\n" not in str(caught.value)
-
-
-def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"'nobody/no-such-model' is neither a folder here nor a hub model") as caught:
-        load(ModelSettings(name="nobody/no-such-model"), rank=2)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "base")
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="has no tokenizer") as caught:
-        load_tokenizer(ModelSettings(name=str(folder)))
-    assert str(folder) in str(caught.value)
-    (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer of model.name=.* cannot be read"):
-        load_tokenizer(ModelSettings(name=str(folder)))
-
-
-def test_a_damaged_model(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path / "base")
-    (folder / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
-    with pytest.raises(ModelError, match="cannot be loaded") as caught:
-        load(ModelSettings(name=str(folder), max_length=32), rank=2)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "rank", "message"),
-    [
-        ({"targets": ("q_prj",)}, 2, "'q_prj' is no linear layer of .*nearest: q_proj"),
-        ({"targets": ("q_proj", "embed_tokens")}, 2, "'embed_tokens' is no linear layer"),
-        ({"targets": ()}, 2, "model.targets is empty"),
-        ({"targets": ("q_proj",)}, 33, r"rank 33 is above the size of layer model.layers.0.self_attn.q_proj \(32\)"),
-        ({"targets": ("q_proj", "v_proj")}, 17, r"v_proj \(16\): use a rank of at most 16"),
-        ({"targets": ("all-linear",)}, 17, r"k_proj \(16\)"),
-        ({"max_length": 65}, 2, "model.max_length=65 .* set model.max_length=64"),
-    ],
-)
-def test_what_does_not_fit_the_model(llama: ModelSettings, change: dict[str, object], rank: int, message: str) -> None:
-    with pytest.raises(ModelError, match=message) as caught:
-        load(replace(llama, **change), rank=rank, device="cpu")
-    assert "\n" not in str(caught.value)
-
-
-def test_the_largest_rank_that_fits_is_accepted(llama: ModelSettings) -> None:
-    assert load(llama, rank=16, device="cpu").read().rank == 16
-
-
 def test_all_linear_leaves_the_output_layer_alone(llama: ModelSettings) -> None:
     layers = load(replace(llama, targets=("all-linear",)), rank=2, device="cpu").read().layers
     assert len(layers) == 14
     assert not [name for name in layers if "lm_head" in name]
-
-
-@pytest.mark.parametrize("labels", [[], ["only"]])
-def test_classification_needs_labels(bert: ModelSettings, labels: list[str]) -> None:
-    with pytest.raises(ModelError, match="needs two labels"):
-        load(bert, rank=2, labels=labels)
-
-
-def test_an_encoder_is_no_causal_model(bert: ModelSettings) -> None:
-    with pytest.raises(ModelError, match=r"not a causal language model.*model.task=classification"):
-        load(replace(bert, task="causal_lm"), rank=2, device="cpu")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xpu"])
-def test_a_device_that_is_not_there(llama: ModelSettings, device: str) -> None:
-    with pytest.raises(ModelError, match=f"device='{device}'"):
-        load(llama, rank=2, device=device)

@@ -65,12 +65,12 @@ def test_the_first_loss_is_the_one_that_transformers_computes(model: LoraModel) 
     assert result.losses[0] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_first_step_is_adamw(model: LoraModel) -> None:
+@pytest.mark.parametrize(("limit", "scale"), [(1 / 3, 1 / 3), (10, 1)])  # of the gradient's norm
+def test_the_first_step_is_adamw(limit: float, scale: float, model: LoraModel, tmp_path: Path) -> None:
     """AdamW's first step moves by lr * g / (|g| + eps), and decays by lr * decay * w."""
     example = sentences(model)[0]
     model.freeze("a")
     name = "model.layers.0.self_attn.q_proj"
-    before = {n: f.b.astype(np.float64) for n, f in model.read().layers.items()}
     other = {n: f.b + 0.5 for n, f in model.read().layers.items()}  # B = 0 would hide the decay
     model.write(Adapter({n: replace(f, b=other[n].astype(np.float32)) for n, f in model.read().layers.items()}, {}))
     before = {n: f.b.astype(np.float64) for n, f in model.read().layers.items()}
@@ -79,9 +79,11 @@ def test_the_first_step_is_adamw(model: LoraModel) -> None:
     gradients = {n: p.grad.double().numpy() for n, p in model.trainable().items() if p.grad is not None}
     model.model.zero_grad()
     norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
-    clip = norm / 3
-    train(model, [example], replace(FAST, steps=1, batch_size=1, weight_decay=0.1, max_grad_norm=clip), seed=0)
-    g = gradients[f"{name}.lora_B"] / 3
+    settings = replace(FAST, steps=1, batch_size=1, weight_decay=0.1, max_grad_norm=limit * norm)
+    train(model, [example], settings, seed=0, state=tmp_path / "state")
+    g = scale * gradients[f"{name}.lora_B"]
+    moments = load_file(tmp_path / "state")
+    np.testing.assert_allclose(moments[f"{name}.lora_B/exp_avg"], 0.1 * g, rtol=1e-4, atol=1e-9)
     wanted = before[name] * (1 - 1e-2 * 0.1) - 1e-2 * g / (np.abs(g) + 1e-8)
     np.testing.assert_allclose(model.read().layers[name].b, wanted, atol=2e-6)
 

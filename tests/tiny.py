@@ -63,7 +63,7 @@ def tiny_tokenizer(kind: str = "llama", vocabulary: int = 300) -> PreTrainedToke
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
 
 
-def tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
+def tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0, padding: int | None = 0) -> Path:
     """A Llama folder: 2 layers of 32, 4 heads over 2 key-value heads (so k_proj is 16 x 32), 300 tokens."""
     tokenizer = tiny_tokenizer("llama")
     config = LlamaConfig(
@@ -74,7 +74,7 @@ def tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        pad_token_id=0,
+        pad_token_id=padding,
         bos_token_id=1,
         eos_token_id=2,
     )

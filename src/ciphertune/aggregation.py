@@ -31,6 +31,7 @@ class SeparateSum:
         """Check one update and add it. Raises WireError, leaving the sum as it was; a sender has one update."""
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
+        wire.check_contributors((*self._contributors.values(), who), self._total, self._session.plan)
         expected = wire.Expected(wire.UPDATE, self._round, sender, who.rank, self._total, who.samples)
         message = wire.decode(data, self._session, expected)
         parse(message.clear, self._session.clear.dtype)  # both parts are good before either is added

@@ -61,10 +61,10 @@ def unseal(
     clear_count, secret_count = counts(session.plan, message.factors, rank)
     clear = parse(message.clear, session.clear.dtype)
     hidden = secret.decrypt(message.secret, secret_count) if secret_count else np.zeros(0)
-    for part in (clear, hidden):
-        # an undetected wrong key or a wrapped sum shows as absurd numbers, never as an exception
-        if part.size and not np.abs(part).max() <= 2 * session.bound:
-            raise RangeError(f"the aggregate of round {round_} holds values above crypto.bound={session.bound:g}")
     args = (session.plan, message.factors, message.contributors, message.total)
     parts = Parts(to_mean(clear, *args) if clear_count else clear, to_mean(hidden, *args) if secret_count else hidden)
+    for part in (parts.clear, parts.secret):
+        # an undetected wrong key, a wrapped sum or a false total shows as absurd numbers, never as an exception
+        if part.size and not np.abs(part).max() <= 2 * session.bound:
+            raise RangeError(f"the mean of round {round_} holds values above crypto.bound={session.bound:g}")
     return join(parts, session.plan, message.factors, base), message

@@ -1,4 +1,4 @@
-"""The text every Python carries: its documentation, divided by topic among clients, and a disjoint part for pretraining.
+"""The text every Python carries: its documentation, divided by topic among clients, and disjoint text to pretrain on.
 
 Nothing is downloaded and no library module is imported: docstrings and comments are read from the source files.
 The text follows the Python version that runs, and is the same on every machine with that version.
@@ -12,6 +12,7 @@ import importlib
 import re
 import sysconfig
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -208,8 +209,9 @@ def _reference() -> dict[str, str]:
     return {str(key): str(text) for key, text in topics.items()}
 
 
+@cache
 def _library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
+    return Path(sysconfig.get_path("stdlib"))
 
 
 @cache
@@ -234,13 +236,20 @@ def _read(path: Path) -> str:
 def _docstrings(path: Path) -> list[str]:
     """The docstrings of a module, its classes and functions, in the order in which they stand in the file."""
     try:
-        tree = ast.parse(_read(path))
-    except (SyntaxError, ValueError):
+        with warnings.catch_warnings(action="ignore"):  # of the library's own making, such as an odd escape
+            tree = ast.parse(_read(path))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    nodes.sort(key=lambda node: 0 if isinstance(node, ast.Module) else node.lineno)
-    return [text for node in nodes if (text := ast.get_docstring(node))]
+    return [text for node in _definitions(tree) if (text := ast.get_docstring(node))]
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """A module and everything defined in it; expressions, which define nothing, are not searched."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from _definitions(child)
 
 
 def _comments(path: Path) -> list[str]:

@@ -204,16 +204,13 @@ def _check_targets(settings: ModelSettings, base: PreTrainedModel, heads: set[st
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in outside)
     }
-    chosen = dict(linear) if settings.targets == ("all-linear",) else {}
-    if settings.targets == ("all-linear",):
-        output = base.get_output_embeddings()
-        chosen = {name: size for name, size in linear.items() if base.get_submodule(name) is not output}
-    else:
-        for target in settings.targets:
-            found = {name: size for name, size in linear.items() if f".{name}".endswith(f".{target}")}
-            if not found:
-                raise ModelError(_no_target(target, linear, settings.name))
-            chosen.update(found)
+    every = settings.targets == ("all-linear",)
+    chosen = dict(linear) if every else {}
+    for target in () if every else settings.targets:
+        found = {name: size for name, size in linear.items() if f".{name}".endswith(f".{target}")}
+        if not found:
+            raise ModelError(_no_target(target, linear, settings.name))
+        chosen.update(found)
     if not chosen:
         raise ModelError(f"model.targets is empty: name linear layers of model.name={settings.name!r}, or all-linear")
     smallest = min(chosen, key=lambda name: (chosen[name], name))

@@ -1,4 +1,4 @@
-"""Local training: AdamW (arXiv 1711.05101) on the adapter, with moments that outlive the process."""
+"""Local training: AdamW (arXiv 1711.05101, algorithm 2) on the adapter, with moments that outlive the process."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _restore(
 def _store(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], state: Path) -> None:
     """Update the moments of the parameters that trained; those of a frozen factor stay in the file.
 
-    Alternating methods freeze each factor every other round (RoLoRA, arXiv 2502.01755, section 4), and a process
+    Alternating methods freeze each factor every other round (RoLoRA, arXiv 2502.01755), and a process
     lives for one round: what is not kept here would be lost before the factor's next turn.
     """
     saved = _load(state) if state.is_file() else {}

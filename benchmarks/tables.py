@@ -1,0 +1,104 @@
+"""Write the tables of the documents from benchmarks/results/*.json, between their markers.
+
+    python benchmarks/tables.py            rewrite
+    python benchmarks/tables.py --check    exit 1 when a document differs from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+DOCUMENTS = ("README.md",)
+
+
+def round_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/round.py."""
+    rows = ["| method | up | down | total against `fedavg` | client seconds | server seconds |", "|---|---|---|---|---|---|"]
+    for name, r in found["methods"].items():
+        client = sum(s for stage, s in r["seconds"].items() if stage.startswith("client"))
+        server = sum(s for stage, s in r["seconds"].items() if stage.startswith("server"))
+        sizes = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB | {r['ratio_total']:.2f}"
+        rows.append(f"| `{name}` | {sizes} | {client:.3f} | {server:.3f} |")
+    return rows
+
+
+def real_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/real.py."""
+    metric = next(iter(found["rows"]["sealed"]["federated"]["metric"]))
+    rows = [f"| run | loss | {metric} | up per round | down per round | encrypted |", "|---|---|---|---|---|---|"]
+
+    def line(name: str, score: dict[str, Any], rest: str) -> str:
+        value = score["metric"][metric]
+        shown = f"{value:.1%}" if metric in ("accuracy", "f1") else f"{value:.2f}"
+        return f"| {name} | {score['loss']:.4f} | {shown} | {rest} |"
+
+    first = found["rows"]["sealed"]
+    rows.append(line("base model, not tuned", first["base"], "- | - | -"))
+    rows.append(line("each client alone (mean)", first["local"], "- | - | -"))
+    for name, r in found["rows"].items():
+        rest = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB | {r['encrypted_fraction']:.0%}"
+        rows.append(line(name, r["federated"], rest))
+    differences = "; ".join(
+        f"{pair}: loss {v['loss']:+.1e}, {metric} {v[metric]:+.1e}" for pair, v in found["difference_by_encryption"].items()
+    )
+    return [*rows, "", f"Difference that encryption makes, same seed: {differences}."]
+
+
+def default_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/default.py: the embedded default, as `ciphertune run` prints it."""
+    rows = ["| client | rank | examples | base | alone | federated | up per round | down per round |", "|---|" * 8]
+    rows[1] = "|" + "---|" * 8
+    for name, r in [*found["nodes"].items(), ("all", found)]:
+        scores = " | ".join(f"{r[k]['loss']:.3f}" for k in ("base", "local", "federated"))
+        sizes = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB"
+        rows.append(f"| {name} | {r.get('rank', '')} | {r.get('samples', '')} | {scores} | {sizes} |")
+    return rows
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "round": round_table,
+    "default": default_table,
+    "real_sst2_minilm": real_table,
+    "real_instructions_llama": real_table,
+}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match[1]
+        lines = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+        return "\n".join([f"<!-- table {name} -->", *lines, "<!-- end -->"])
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    status = 0
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        made = filled(text)
+        if made != text and check:
+            print(f"{name} differs from benchmarks/results: run python benchmarks/tables.py", file=sys.stderr)
+            status = 1
+        elif made != text:
+            path.write_text(made, encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""The two doors: `ciphertune run` and `flwr run .`, with real Flower processes on 127.0.0.1 (slow), and their mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from ciphertune.cli import main
+
+SMALL = ["experiment=smoke", "training.steps=1", "data.max_heldout=8", "training.threads=1"]
+
+
+def ciphertune(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ciphertune.cli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["method=seald"], "unknown method=seald; did you mean sealed? Valid: fedavg, full_he, sealed"),
+        (["federation.round=2"], "unknown setting federation.round; did you mean federation.rounds?"),
+        (["model.rank=0"], "model.rank=0 is out of range"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_status_2_before_anything_is_started(
+    words: list[str], part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--app", str(ROOT), "--runs-dir", str(tmp_path), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("ciphertune: ") and part in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_app_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--app", str(tmp_path)]) == 2
+    assert "is not the folder of a Flower app" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_never_written_into_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.yaml").write_text("kept")
+    assert main(["run", "--app", str(ROOT), "--runs-dir", str(tmp_path), "name=mine"]) == 2
+    assert "holds another run already" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "settings.yaml").read_text() == "kept"
+
+
+def test_keys_are_created_once_and_shown_by_fingerprint_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "lab.key"
+    create = ["keys", "create", "--out", str(file), "--app", str(ROOT)]
+    assert main(create) == 0 and file.stat().st_mode & 0o777 == 0o600
+    fingerprint = capsys.readouterr().out.split("fingerprint ")[1].split()[0]
+    before = file.read_bytes()
+    assert main(create) == 2 and file.read_bytes() == before
+    assert "never overwritten" in capsys.readouterr().err
+    assert main(["keys", "show", str(file)]) == 0
+    assert capsys.readouterr().out == f"fingerprint {fingerprint}\n"
+
+
+@pytest.mark.slow
+def test_ciphertune_run_prints_the_table_and_exits_0(tmp_path: Path) -> None:
+    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=ok", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round 2/2: 4 of 4 clients" in done.stdout and "100% encrypted" in done.stdout
+    for column in ("base", "alone", "federated", "up / round"):
+        assert column in done.stdout
+    assert "INFO" not in done.stdout
+    assert json.loads((tmp_path / "ok/summary.json").read_text())["status"] == "completed"
+    for k in range(4):
+        assert (tmp_path / f"ok/clients/client-{k}/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_ciphertune_run_exits_1_and_says_why_when_the_run_fails(tmp_path: Path) -> None:
+    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=bad", "federation.min_clients=5", *SMALL)
+    assert done.returncode == 1
+    assert "4 of at least 5 clients (federation.min_clients) have joined" in done.stdout
+    assert "ended as finished:failed" in done.stderr and "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Flower's own local SuperLink, on ports and in a folder of this test, ended by its process id."""
+    with socket.socket() as one, socket.socket() as two:
+        for probe in (one, two):
+            probe.bind(("127.0.0.1", 0))
+        ports = [str(probe.getsockname()[1]) for probe in (one, two)]
+    environment = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "CIPHERTUNE_HOME": str(tmp_path / "home"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": ports[0],
+        "FLWR_LOCAL_CONTROL_API_PORT": ports[1],
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    yield environment
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(w.endswith(b"flower-superlink") for w in words) and ports[0].encode() in words:
+            os.kill(int(process.name), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_flwr_run_alone_works_with_flowers_defaults_and_installs_nothing(
+    flower_home: dict[str, str], tmp_path: Path
+) -> None:
+    """Two simulated nodes, dependency installation on: what a newcomer's machine does."""
+    overrides = f'overrides="{" ".join(SMALL)} federation.compare_local=false"'
+    command = ["flwr", "run", ".", "--stream", "--run-config", overrides]
+    done = subprocess.run(command, cwd=ROOT, env=flower_home, capture_output=True, text=True, timeout=400, check=False)
+    assert "No additional application dependencies needed installation" in done.stdout, done.stdout + done.stderr
+    assert "2 simulated SuperNodes" in done.stdout and "round 2/2: 4 of 4 clients" in done.stdout
+    listed = ["flwr", "list", "--format", "json"]
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        shown = subprocess.run(listed, cwd=ROOT, env=flower_home, capture_output=True, text=True, check=True).stdout
+        status = json.loads(shown)["runs"][0]["status"]
+        if status.startswith("finished"):
+            break
+    assert status == "finished:completed"
+    assert len(list((tmp_path / "home/runs").glob("sealed-*/clients/*/adapter"))) == 4

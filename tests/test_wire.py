@@ -1,0 +1,465 @@
+"""The wire: a message is used only when every field is what the receiver expects, and is refused by name otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tracemalloc
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ciphertune import exchange, wire
+from ciphertune.aggregation import SeparateSum
+from ciphertune.crypto.ckks import CkksPublic
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.crypto.secret import SecretPart
+from ciphertune.errors import (
+    FormatError,
+    KeyMismatchError,
+    ParameterMismatchError,
+    PlanMismatchError,
+    RangeError,
+    RoundMismatchError,
+    SettingsMismatchError,
+    WireError,
+)
+from ciphertune.ranks import Contributor
+from ciphertune.wire import AGGREGATE, UPDATE, Expected, Message, Session
+from tests.oracle import (
+    BODY,
+    HEADER,
+    OFFSETS,
+    SEALED,
+    adapter_of,
+    blank,
+    encrypted,
+    forge,
+    in_the_clear,
+    plan_of,
+    read,
+    rehashed,
+    with_body,
+)
+
+RUN, ROUND, SENDER, RANK, SAMPLES, TOTAL = 11, 2, 3, 4, 30, 100
+EXPECTED = Expected(UPDATE, ROUND, SENDER, RANK, TOTAL, SAMPLES)
+WHO = Contributor(RANK, SAMPLES)
+
+BACKENDS = pytest.mark.parametrize("backend", ["clear", "encrypted"])
+
+
+def parties(backend: str = "clear", **plan: Any) -> tuple[Session, SecretPart]:
+    made = plan_of(**plan)
+    return encrypted(made) if backend == "encrypted" else in_the_clear(made)
+
+
+def update(session: Session, secret: SecretPart, **changes: int) -> bytes:
+    values = {"round_": ROUND, "sender": SENDER, "samples": SAMPLES, "total": TOTAL, "rank": RANK, "seed": 0} | changes
+    adapter = adapter_of(session.plan, values.pop("rank"), values.pop("seed"))
+    return exchange.seal(adapter, session, secret, **values)
+
+
+def aggregate(session: Session, secret: SecretPart, round_: int = ROUND) -> bytes:
+    total = SeparateSum(session, round_, TOTAL)
+    for sender, rank in ((1, 8), (2, RANK)):
+        data = update(session, secret, sender=sender, rank=rank, seed=sender, round_=round_)
+        total.add(data, sender=sender, who=Contributor(rank, SAMPLES))
+    return wire.encode(total.release(2), session)
+
+
+# ---------------------------------------------------------------------------------------------------------- the layout
+
+
+@BACKENDS
+def test_message_has_the_documented_layout(backend: str) -> None:
+    session, secret = parties(backend)
+    data = update(session, secret)
+    heads, component = 3 + 18, 7 + 4  # round 2 is even: B travels, whose columns have m entries
+    values = heads + RANK * component
+    size = 8 * values if backend == "clear" else math.ceil(values / 2048) * 2 * 4096 * 7
+    assert len(data) == HEADER.size + 12 + size + 32
+    assert {name: read(data, name) for name in OFFSETS} == {
+        "magic": b"CTUNE\0\0\1",
+        "kind": 1,
+        "factors": 2,
+        "parameters": hashlib.sha256(session.public.digest() + session.clear.digest()).digest()[:16],
+        "key": session.key_fingerprint,
+        "plan": session.plan.digest(),
+        "settings": session.settings_digest,
+        "run": RUN,
+        "round": ROUND,
+        "sender": SENDER,
+        "rank": RANK,
+        "total": TOTAL,
+        "contributors": 1,
+        "contributor rank": RANK,
+        "contributor samples": SAMPLES,
+    }
+    assert data[-32:] == hashlib.sha256(data[:-32]).digest()
+    assert (session.key_fingerprint == bytes(16)) == (backend == "clear")
+
+
+@pytest.mark.parametrize(("share", "round_", "code"), [("alternate", 0, 2), ("alternate", 1, 1), ("b_only", 1, 2)])
+def test_the_factors_of_a_message_follow_from_the_plan_and_the_round(share: str, round_: int, code: int) -> None:
+    session, secret = parties(share=share)
+    assert read(update(session, secret, round_=round_), "factors") == code
+    both, secret = parties(share="both")
+    assert read(update(both, secret, round_=round_), "factors") == 3
+
+
+@given(
+    people=st.lists(
+        st.builds(Contributor, st.integers(1, 8), st.integers(1, 2**40)), min_size=1, max_size=20, unique=True
+    ),
+    spare=st.integers(0, 2**40),
+    round_=st.integers(0, 2**32 - 1),
+    rank=st.integers(0, 8),
+    content=st.randoms(use_true_random=False),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_what_is_encoded_is_decoded(
+    people: list[Contributor], spare: int, round_: int, rank: int, content: Any
+) -> None:
+    session, _ = in_the_clear(plan_of(select="none"))
+    factors = session.plan.factors(round_)
+    size = 21 + rank * ((7 + 4) if factors == ("b",) else (5 + 9))
+    total = sum(c.samples for c in people) + spare
+    clear = content.randbytes(8 * size)
+    message = Message(AGGREGATE, factors, round_, 0, rank, total, tuple(people), clear, b"")
+    assert wire.decode(wire.encode(message, session), session, Expected(AGGREGATE, round_, 0, rank)) == message
+
+
+# ------------------------------------------------------------------------------------------- one field at a time
+
+HEADER_FIELDS: list[tuple[str, int | bytes, type[WireError]]] = [
+    ("magic", b"CTUNE\0\0\2", FormatError),
+    ("magic", b"\x80\x04ctune\0", FormatError),
+    ("kind", AGGREGATE, RoundMismatchError),
+    ("kind", 0, RoundMismatchError),
+    ("factors", 1, RoundMismatchError),
+    ("factors", 3, RoundMismatchError),
+    ("factors", 255, RoundMismatchError),
+    ("parameters", b"p" * 16, ParameterMismatchError),
+    ("key", b"k" * 16, KeyMismatchError),
+    ("plan", b"p" * 16, PlanMismatchError),
+    ("settings", b"t" * 16, SettingsMismatchError),
+    ("run", RUN + 1, RoundMismatchError),
+    ("round", ROUND - 1, RoundMismatchError),
+    ("round", ROUND + 2, RoundMismatchError),
+    ("sender", SENDER + 1, RoundMismatchError),
+    ("sender", 0, RoundMismatchError),
+    ("rank", RANK - 1, RoundMismatchError),
+    ("rank", 2**32 - 1, RoundMismatchError),
+    ("total", TOTAL + 1, RoundMismatchError),
+    ("total", SAMPLES, RoundMismatchError),
+    ("contributors", 0, FormatError),
+    ("contributors", 2, FormatError),
+    ("contributors", 2**32 - 1, FormatError),
+    ("contributor rank", RANK + 1, RoundMismatchError),
+    ("contributor rank", 0, FormatError),
+    ("contributor rank", 9, FormatError),
+    ("contributor samples", SAMPLES + 1, RoundMismatchError),
+    ("contributor samples", 0, FormatError),
+    ("contributor samples", TOTAL + 1, FormatError),
+    ("contributor samples", 2**64 - 1, FormatError),
+]
+
+
+def test_every_field_of_the_header_is_among_those_tampered_with() -> None:
+    assert {name for name, _, _ in HEADER_FIELDS} == set(OFFSETS)
+
+
+@pytest.mark.parametrize(("field", "value", "error"), HEADER_FIELDS, ids=[f"{n}={v!r}" for n, v, _ in HEADER_FIELDS])
+@BACKENDS
+def test_tampered_field_is_refused_by_its_own_error(
+    backend: str, field: str, value: int | bytes, error: type[WireError]
+) -> None:
+    session, secret = parties(backend)
+    data = update(session, secret)
+    wire.decode(data, session, EXPECTED)
+    assert read(data, field) != value
+    with pytest.raises(WireError) as caught:
+        wire.decode(forge(data, **{field.replace(" ", "_"): value}), session, EXPECTED)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"plan": plan_of(max_rank=9)}, PlanMismatchError),
+        ({"plan": plan_of(fit_rank="pad")}, PlanMismatchError),
+        ({"settings_digest": b"x" * 16}, SettingsMismatchError),
+        ({"key_fingerprint": b"x" * 16}, KeyMismatchError),
+        ({"public": CkksPublic(SEALED)}, ParameterMismatchError),
+        ({"clear": ClearPublic("float32")}, ParameterMismatchError),
+        ({"run": RUN + 1}, RoundMismatchError),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_message_of_another_session_is_refused_by_what_differs(change: dict[str, Any], error: type[WireError]) -> None:
+    session, secret = parties()
+    data = update(session, secret)
+    with pytest.raises(WireError) as caught:
+        wire.decode(data, replace(session, **change), EXPECTED)
+    assert type(caught.value) is error
+
+
+def test_every_field_of_a_session_tells_messages_apart_or_is_in_the_settings_digest() -> None:
+    assert {f.name for f in fields(Session)} == {
+        *("plan", "settings_digest", "key_fingerprint", "public", "clear", "run"),
+        "bound",  # crypto.bound, digested with the settings
+    }
+
+
+def test_error_names_what_was_found_and_what_was_expected() -> None:
+    session, secret = parties()
+    data = update(session, secret)
+    with pytest.raises(RoundMismatchError, match=f"of round {ROUND}, expected {ROUND + 1}"):
+        wire.decode(data, session, replace(EXPECTED, round=ROUND + 1))
+    with pytest.raises(KeyMismatchError, match=f"another key: it has {(b'k' * 16).hex()}, here is {bytes(16).hex()}"):
+        wire.decode(forge(data, key=b"k" * 16), session, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("total", 2 * SAMPLES - 1, FormatError),
+        ("contributor samples", TOTAL, FormatError),
+        ("contributor rank", 9, FormatError),
+        ("contributor rank", 0, FormatError),
+        ("contributors", 1, FormatError),
+        ("contributors", 3, FormatError),
+        ("contributors", 1_000_001, FormatError),
+        ("sender", 1, RoundMismatchError),
+        ("kind", UPDATE, RoundMismatchError),
+        ("rank", 7, RoundMismatchError),
+    ],
+)
+@BACKENDS
+def test_tampered_aggregate_is_refused_by_the_client(
+    backend: str, field: str, value: int, error: type[WireError]
+) -> None:
+    session, secret = parties(backend)
+    data, base = aggregate(session, secret), adapter_of(session.plan, 8, 0)
+    exchange.unseal(data, session, secret, round_=ROUND, rank=8, base=base)
+    with pytest.raises(WireError) as caught:
+        exchange.unseal(
+            forge(data, **{field.replace(" ", "_"): value}), session, secret, round_=ROUND, rank=8, base=base
+        )
+    assert type(caught.value) is error
+
+
+@BACKENDS
+def test_contributors_samples_that_exceed_the_total_are_refused(backend: str) -> None:
+    """Weights that sum to more than 1 could carry a sum around the modulus."""
+    session, secret = parties(backend)
+    data, base = aggregate(session, secret), adapter_of(session.plan, 8, 0)
+    exchange.unseal(forge(data, total=2 * SAMPLES), session, secret, round_=ROUND, rank=8, base=base)
+    with pytest.raises(FormatError, match="exceed the total"):
+        exchange.unseal(forge(data, total=2 * SAMPLES - 1), session, secret, round_=ROUND, rank=8, base=base)
+
+
+@BACKENDS
+def test_total_that_would_blow_the_mean_up_is_refused(backend: str) -> None:
+    session, secret = parties(backend)
+    data, base = aggregate(session, secret), adapter_of(session.plan, 8, 0)
+    with pytest.raises(RangeError, match="above crypto"):
+        exchange.unseal(forge(data, total=2**63), session, secret, round_=ROUND, rank=8, base=base)
+
+
+def test_updates_and_aggregates_cannot_stand_for_each_other() -> None:
+    session, secret = parties()
+    with pytest.raises(RoundMismatchError, match="kind 1"):
+        exchange.unseal(
+            update(session, secret), session, secret, round_=ROUND, rank=RANK, base=adapter_of(session.plan, 8, 0)
+        )
+    with pytest.raises(RoundMismatchError, match="kind 2"):
+        SeparateSum(session, ROUND, TOTAL).add(aggregate(session, secret), sender=1, who=Contributor(8, SAMPLES))
+
+
+# --------------------------------------------------------------------------------------------------- damaged bytes
+
+
+@pytest.mark.parametrize("make", [update, aggregate])
+def test_every_single_bit_flip_anywhere_is_refused(make: Any) -> None:
+    session, secret = parties()
+    data = bytearray(make(session, secret))
+    expected = EXPECTED if make is update else Expected(AGGREGATE, ROUND, 0, 8)
+    wire.decode(bytes(data), session, expected)
+    for bit in range(8 * len(data)):
+        data[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(WireError):
+            wire.decode(bytes(data), session, expected)
+        data[bit // 8] ^= 1 << bit % 8
+
+
+@given(position=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_every_single_byte_change_of_an_encrypted_message_is_refused(position: float, change: int) -> None:
+    session, secret = parties("encrypted")
+    data = bytearray(update(session, secret))
+    data[int(position * len(data))] ^= change
+    with pytest.raises(WireError):
+        wire.decode(bytes(data), session, EXPECTED)
+
+
+def test_every_truncation_is_refused() -> None:
+    session, secret = parties()
+    data = update(session, secret)
+    for length in range(len(data)):
+        with pytest.raises(FormatError):
+            wire.decode(data[:length], session, EXPECTED)
+    for length in range(BODY, len(data) - 32):  # with a SHA-256 that fits: the length itself is refused
+        with pytest.raises(FormatError):
+            wire.decode(rehashed(data[:length]), session, EXPECTED)
+
+
+@BACKENDS
+@pytest.mark.parametrize("extra", [1, 7, 8, 32, 2 * 4096 * 7])
+def test_extended_message_is_refused(backend: str, extra: int) -> None:
+    session, secret = parties(backend)
+    data = update(session, secret)
+    with pytest.raises(FormatError, match=f"{len(data) + extra} bytes where {len(data)} are expected"):
+        wire.decode(rehashed(data[:-32] + bytes(extra)), session, EXPECTED)
+    with pytest.raises(FormatError):
+        wire.decode(data + bytes(extra), session, EXPECTED)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0", b"CTUNE\0\0\1", bytes(149)])
+def test_empty_and_tiny_messages_are_refused(data: bytes) -> None:
+    session, _ = parties()
+    with pytest.raises(FormatError, match="too few"):
+        wire.decode(data, session, EXPECTED)
+
+
+def test_message_of_another_rank_in_disguise_is_refused_by_its_length() -> None:
+    session, secret = parties()
+    data = update(session, secret, rank=2)
+    with pytest.raises(FormatError, match="bytes where"):
+        wire.decode(forge(data, rank=RANK, contributor_rank=RANK), session, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank"), [(2**32 - 1, RANK), (1_000_000, RANK), (1, 2**32 - 1), (1_000_000, 2**32 - 1)]
+)
+def test_oversize_counts_are_refused_and_never_allocate(count: int, rank: int) -> None:
+    """A hostile server may name any count and any rank; the client must notice before it makes room for them."""
+    session, secret = parties()
+    data = forge(aggregate(session, secret), contributors=count, rank=rank)
+    tracemalloc.start()
+    with pytest.raises(FormatError):
+        wire.decode(data, session, Expected(AGGREGATE, ROUND, 0, rank))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_clear_part_that_is_not_finite_is_refused_by_server_and_client(value: float) -> None:
+    session, secret = parties(select="none")
+    data = update(session, secret)
+    values = np.frombuffer(data[BODY:-32], "<f8").copy()
+    values[-1] = value
+    total = SeparateSum(session, ROUND, TOTAL)
+    with pytest.raises(FormatError, match="NaN or infinite"):
+        total.add(with_body(data, values.tobytes()), sender=SENDER, who=WHO)
+    assert total.contributors == 0
+
+
+# ---------------------------------------------------------------------------------------- replays, and the sum's safety
+
+
+@BACKENDS
+def test_replay_of_an_earlier_round_is_refused(backend: str) -> None:
+    session, secret = parties(backend)
+    for earlier in (ROUND - 2, ROUND - 1):
+        total = SeparateSum(session, ROUND, TOTAL)
+        with pytest.raises(RoundMismatchError, match=f"round {earlier}, expected {ROUND}"):
+            total.add(update(session, secret, round_=earlier), sender=SENDER, who=WHO)
+        with pytest.raises(RoundMismatchError, match=f"round {earlier}, expected {ROUND}"):
+            exchange.unseal(
+                aggregate(session, secret, earlier),
+                session,
+                secret,
+                round_=ROUND,
+                rank=8,
+                base=adapter_of(session.plan, 8, 0),
+            )
+
+
+def state(total: SeparateSum) -> Message:
+    return total.release(1)
+
+
+@BACKENDS
+def test_second_update_of_one_sender_is_refused_and_leaves_the_sum_as_it_was(backend: str) -> None:
+    session, secret = parties(backend)
+    total = SeparateSum(session, ROUND, TOTAL)
+    total.add(update(session, secret), sender=SENDER, who=WHO)
+    before = state(total)
+    for seed in (0, 1):
+        with pytest.raises(RoundMismatchError, match=f"client {SENDER} has already contributed to round {ROUND}"):
+            total.add(update(session, secret, seed=seed), sender=SENDER, who=WHO)
+    assert state(total) == before
+    assert total.contributors == 1
+
+
+@BACKENDS
+def test_update_of_another_client_cannot_be_sent_as_ones_own(backend: str) -> None:
+    session, secret = parties(backend)
+    total = SeparateSum(session, ROUND, TOTAL)
+    stolen = update(session, secret, sender=SENDER)
+    with pytest.raises(RoundMismatchError, match=f"sender {SENDER}, expected {SENDER + 1}"):
+        total.add(stolen, sender=SENDER + 1, who=WHO)
+
+
+@BACKENDS
+def test_bad_update_leaves_the_sum_exactly_as_it_was_and_the_next_good_one_counts(backend: str) -> None:
+    session, secret = parties(backend)
+    total, alone = SeparateSum(session, ROUND, TOTAL), SeparateSum(session, ROUND, TOTAL)
+    first, second = update(session, secret), update(session, secret, sender=4, seed=1)
+    for sum_ in (total, alone):
+        sum_.add(first, sender=SENDER, who=WHO)
+    before = state(total)
+    bad = [second[:-1], b"", second[:200] + b"\0" + second[201:], forge(second, key=b"k" * 16)]
+    bad += [forge(second, contributor_samples=SAMPLES + 1), forge(second, round=0), rehashed(second[:-40])]
+    if backend == "encrypted":
+        bad.append(with_body(second, b"\xff" * (len(second) - BODY - 32)))
+        bad.append(with_body(second, bytes(len(second) - BODY - 32)))
+    for data in bad:
+        with pytest.raises(WireError):
+            total.add(data, sender=4, who=WHO)
+        assert state(total) == before
+    for sum_ in (total, alone):
+        sum_.add(second, sender=4, who=WHO)
+    assert state(total) == state(alone) != before
+
+
+def test_a_weight_that_the_server_did_not_agree_to_is_refused() -> None:
+    session, secret = parties()
+    heavy = update(session, secret, samples=TOTAL)
+    with pytest.raises(RoundMismatchError, match=r"weighted by .*samples=100\), expected 30"):
+        SeparateSum(session, ROUND, TOTAL).add(heavy, sender=SENDER, who=WHO)
+
+
+@pytest.mark.parametrize(("samples", "total"), [(0, 100), (-1, 100), (101, 100), (1, 0)])
+def test_seal_refuses_a_weight_outside_0_to_1(samples: int, total: int) -> None:
+    session, secret = parties()
+    with pytest.raises(RangeError, match="not between 0 and 1"):
+        update(session, secret, samples=samples, total=total)
+
+
+@BACKENDS
+def test_seal_refuses_values_that_are_not_finite_or_above_the_bound(backend: str) -> None:
+    for select in ("none", "all"):
+        session, secret = parties(backend, select=select)
+        for bad, reason in ((float("nan"), "NaN or infinite"), (64.5, "above crypto"), (float("-inf"), "NaN")):
+            adapter = blank(adapter_of(session.plan, RANK, 0))
+            adapter.layers["block.v"].b[2, 3] = bad
+            with pytest.raises(RangeError, match=reason):
+                exchange.seal(adapter, session, secret, round_=ROUND, sender=1, samples=1, total=100)
