@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from ciphertune.crypto import codec
 from ciphertune.crypto.ckks import CkksPublic, moduli
-from ciphertune.crypto.ckks_secret import generate_key
+from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import FormatError, SettingsError
 from tests.oracle import FULL_HE, SEALED, body_of, first_primes, residues, shared_secret
@@ -118,12 +120,11 @@ def test_ciphertext_blob_is_byte_for_byte_what_seal_writes_itself(params: CkksPa
 
 
 @PARAMS
-def test_secret_key_blob_is_byte_for_byte_what_seal_writes_itself(params: CkksParams) -> None:
-    words = np.frombuffer(generate_key(params).reveal(), "<u8").reshape(len(params.coeff_mod_bits), -1)
-    ours = codec.seal_secret_key(words, struct.pack("<4Q", *seal_context(params).key_parms_id()))
-    scratch, loaded = codec.Scratch(), seal.SecretKey()
-    loaded.load(seal_context(params), scratch.holding(ours))
-    assert codec.blob_body(scratch.saved(loaded.save)) == codec.blob_body(ours)
+def test_the_key_that_seal_is_given_is_the_key_of_the_file(params: CkksParams) -> None:
+    key = generate_key(params)
+    given: Any = CkksSecret(params, key)._context.secret_key().data
+    body = codec.blob_body(codec.Scratch().saved(given.save))
+    assert codec.tail_words(body, len(key.reveal()) // 8).tobytes() == key.reveal()
 
 
 @PARAMS
@@ -177,3 +178,20 @@ def test_scratch_file_never_touches_the_disk_and_keeps_nothing() -> None:
     assert scratch.path.startswith("/proc/self/fd/")
     assert scratch.saved(lambda path: Path(path).write_bytes(b"a key")) == b"a key"
     assert Path(scratch.path).read_bytes() == b""
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_clear_values_that_are_no_whole_numbers_or_too_many_are_refused(precision: str) -> None:
+    public = ClearPublic(precision)
+    secret = ClearSecret(public, 64.0)
+    body = secret.encrypt(np.array([1.0, -2.5, 64.0]))
+    assert len(body) == 3 * public.block_bytes
+    assert secret.decrypt(body, 3).tolist() == [1.0, -2.5, 64.0]
+    for wrong in (body[:-1], body + b"\0", body[1:]):
+        with pytest.raises(FormatError, match="no whole number"):
+            public.aggregator().add(wrong)
+        with pytest.raises(FormatError, match="no whole number"):
+            secret.decrypt(wrong, 3)
+    for count in (0, 2, 4, 2**31):
+        with pytest.raises(FormatError, match=f"3 values where the plan has {count}"):
+            secret.decrypt(body, count)

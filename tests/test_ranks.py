@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ciphertune.plan import HeadShape, LayerShape
+from ciphertune.plan import HeadShape, LayerShape, Plan
 from ciphertune.ranks import Contributor, divisors, to_mean
 from ciphertune.split import split
 from tests.oracle import adapter_of, mean_factor, mean_head, plan_of
@@ -35,9 +35,9 @@ def test_clients_that_were_asked_and_did_not_reply_are_in_the_total_and_divided_
 
 
 @pytest.mark.parametrize("plan", [NESTED, PAD], ids=["nested", "pad"])
-def test_component_that_nobody_contributed_has_divisor_0(plan: object) -> None:
-    assert divisors(plan, THREE[:2], 40, 6)[4:].tolist() == [0.0, 0.0]  # type: ignore[arg-type]
-    assert (divisors(plan, THREE[:2], 40, 6)[:4] > 0).all()  # type: ignore[arg-type]
+def test_component_that_nobody_contributed_has_divisor_0(plan: Plan) -> None:
+    assert divisors(plan, THREE[:2], 40, 6)[4:].tolist() == [0.0, 0.0]
+    assert (divisors(plan, THREE[:2], 40, 6)[:4] > 0).all()
 
 
 def test_mean_by_hand() -> None:
@@ -53,11 +53,11 @@ def test_mean_by_hand() -> None:
 
 
 @pytest.mark.parametrize("plan", [NESTED, PAD], ids=["nested", "pad"])
-def test_components_that_nobody_has_are_cut_off_and_never_divided_by_zero(plan: object) -> None:
+def test_components_that_nobody_has_are_cut_off_and_never_divided_by_zero(plan: Plan) -> None:
     heads, component = 21, 11
     packed = np.ones(heads + 8 * component)
     with np.errstate(all="raise"):
-        mean = to_mean(packed, plan, ("b",), THREE[:2], 40)  # type: ignore[arg-type]
+        mean = to_mean(packed, plan, ("b",), THREE[:2], 40)
     assert mean.size == heads + 4 * component
     assert np.isfinite(mean).all()
 

@@ -337,6 +337,25 @@ def test_empty_and_tiny_messages_are_refused(data: bytes) -> None:
         wire.decode(data, session, EXPECTED)
 
 
+def test_update_that_names_two_contributors_is_refused_even_when_its_length_is_right() -> None:
+    session, secret = parties()
+    message = wire.decode(update(session, secret), session, EXPECTED)
+    two = wire.encode(replace(message, contributors=(WHO, WHO)), session)
+    with pytest.raises(FormatError, match="names 2 contributors"):
+        wire.decode(two, session, EXPECTED)
+
+
+def test_aggregate_of_more_than_a_million_contributors_is_refused_even_when_its_length_is_right() -> None:
+    session, secret = parties()
+    data = aggregate(session, secret)
+    people = data[106 : 106 + 12] * 1_000_001
+    huge = forge(data[:106] + people + data[106 + 24 :], contributors=1_000_001, total=2**63)
+    with pytest.raises(FormatError, match="names 1000001 contributors"):
+        wire.decode(huge, session, Expected(AGGREGATE, ROUND, 0, 8))
+    most = forge(data[:106] + people[12:] + data[106 + 24 :], contributors=1_000_000, total=2**63)
+    assert len(wire.decode(most, session, Expected(AGGREGATE, ROUND, 0, 8)).contributors) == 1_000_000
+
+
 def test_message_of_another_rank_in_disguise_is_refused_by_its_length() -> None:
     session, secret = parties()
     data = update(session, secret, rank=2)
@@ -426,7 +445,8 @@ def test_bad_update_leaves_the_sum_exactly_as_it_was_and_the_next_good_one_count
     for sum_ in (total, alone):
         sum_.add(first, sender=SENDER, who=WHO)
     before = state(total)
-    bad = [second[:-1], b"", second[:200] + b"\0" + second[201:], forge(second, key=b"k" * 16)]
+    flipped = second[:200] + bytes([second[200] ^ 1]) + second[201:]
+    bad = [second[:-1], b"", flipped, forge(second, key=b"k" * 16)]
     bad += [forge(second, contributor_samples=SAMPLES + 1), forge(second, round=0), rehashed(second[:-40])]
     if backend == "encrypted":
         bad.append(with_body(second, b"\xff" * (len(second) - BODY - 32)))

@@ -37,9 +37,9 @@ def save(key: SecretKey, path: Path) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(body + hashlib.sha256(body).digest())
         os.link(temporary, path)  # atomic, and refuses to overwrite
-    except FileExistsError:
-        raise KeyFileError(f"{path} exists: a key file is never overwritten; choose another name") from None
     except OSError as error:
+        if path.exists():
+            raise KeyFileError(f"{path} exists: a key file is never overwritten; choose another name") from None
         raise KeyFileError(f"cannot write {path}: {error.strerror}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -72,6 +72,9 @@ def load(path: Path) -> SecretKey:
 def load_or_create(path: Path, create: Callable[[], SecretKey]) -> SecretKey:
     """The key in `path`, made by `create()` if there is none. Safe when several processes start at once."""
     if not path.exists():
-        with contextlib.suppress(KeyFileError):  # another process was faster
+        try:
             save(create(), path)
+        except KeyFileError:
+            if not path.exists():  # else another process was faster
+                raise
     return load(path)

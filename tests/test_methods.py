@@ -1,0 +1,345 @@
+"""Every method of conf/method, from seal to unseal, against the float64 formula that defines it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ciphertune import build, exchange, wire
+from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.aggregation import SeparateSum, cut
+from ciphertune.crypto.clear import ClearPublic
+from ciphertune.crypto.clear_secret import ClearSecret
+from ciphertune.crypto.secret import SecretPart
+from ciphertune.plan import HeadShape, LayerShape
+from ciphertune.ranks import Contributor
+from ciphertune.settings import ckks_params, compose
+from ciphertune.wire import Session
+from tests.oracle import (
+    Matrix,
+    adapter_of,
+    cohort,
+    mean_component_update,
+    mean_factor,
+    mean_head,
+    shared_secret,
+    true_update,
+)
+
+CONF = Path(__file__).parent.parent / "conf"
+IN_FLOAT64 = ("crypto=clear", "crypto.precision=float64")
+RANKS, SAMPLES = (2, 4, 8, 8), (37, 5, 120, 64)
+# one component has 450 (B) or 600 (A) values: no whole number of them fills a ciphertext of 2048 or 4096
+LAYERS = (LayerShape("block.q", 300, 200), LayerShape("block.v", 150, 400))
+HEADS = (HeadShape("classifier.bias", (3,)), HeadShape("classifier.weight", (3, 6)))
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a method is: which factors travel in rounds 0 and 1, whether encrypted, how components are averaged."""
+
+    travels: tuple[tuple[str, ...], tuple[str, ...]]
+    encrypted: bool
+    fit_rank: str
+
+
+METHODS = {
+    "fedavg": Definition((("a", "b"), ("a", "b")), False, "nested"),
+    "full_he": Definition((("a", "b"), ("a", "b")), True, "nested"),
+    "sealed": Definition((("b",), ("a",)), True, "nested"),
+}
+FILES = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
+EVERY = pytest.mark.parametrize("method", FILES)
+ROUNDS = pytest.mark.parametrize("round_", [0, 1])
+
+
+class Round:
+    """One round of a method with clients of the given ranks, and what each of them ends up with."""
+
+    def __init__(
+        self,
+        overrides: Sequence[str],
+        round_: int,
+        *,
+        ranks: Sequence[int] = RANKS,
+        samples: Sequence[int] = SAMPLES,
+        absent: int = 0,
+        clients: Sequence[Adapter] = (),
+    ) -> None:
+        self.settings = compose(CONF, list(overrides))
+        self.plan = build.make_plan(self.settings, LAYERS, HEADS, max(ranks))
+        self.samples, self.total = list(samples), sum(samples) + absent
+        self.session, self.secret = self._parties()
+        self.clients = list(clients) or cohort(self.plan, ranks, round_, seed=round_)
+        sum_ = SeparateSum(self.session, round_, self.total)
+        self.messages = []
+        for sender, (client, n) in enumerate(zip(self.clients, samples, strict=True), 1):
+            data = exchange.seal(
+                client, self.session, self.secret, round_=round_, sender=sender, samples=n, total=self.total
+            )
+            self.messages.append(sum_.add(data, sender=sender, who=Contributor(client.rank, n)))
+        released = sum_.release(2)
+        self.received: list[Adapter] = []
+        for client in self.clients:
+            data = wire.encode(cut(released, self.session, client.rank), self.session)
+            mean, _ = exchange.unseal(data, self.session, self.secret, round_=round_, rank=client.rank, base=client)
+            self.received.append(mean)
+
+    def _parties(self) -> tuple[Session, SecretPart]:
+        crypto = self.settings.crypto
+        secret: SecretPart
+        if crypto.backend == "clear":
+            secret = ClearSecret(ClearPublic(crypto.precision), crypto.bound)
+        else:
+            secret = shared_secret(ckks_params(crypto))
+        return build.session(self.settings, self.plan, run=9, key_fingerprint=secret.fingerprint), secret
+
+    def bound(self, k: int | None = None) -> float:
+        """Largest error of component k's mean (of a head's without k): that of the sum over the divisor."""
+        have = [n for c, n in zip(self.clients, self.samples, strict=True) if k is None or c.rank > k]
+        divisor = sum(have if self.plan.fit_rank == "nested" else self.samples) / self.total
+        largest = max(
+            float(np.abs(x).max())
+            for c in self.clients
+            for x in [*c.heads.values(), *(m for f in c.layers.values() for m in (f.a, f.b))]
+        )
+        return self.session.public.error_bound(len(self.clients), largest) / divisor
+
+    def errors(self, fit_rank: str, travels: Sequence[str]) -> list[tuple[float, float, float]]:
+        """(error, bound, size) of every mean that a client got, against the oracle."""
+        found = []
+        for client in self.received:
+            for name, factors in client.layers.items():
+                for factor in travels:
+                    expected = mean_factor(self.clients, self.samples, name, factor, fit_rank)
+                    rows = factors.a if factor == "a" else factors.b.T
+                    for k in range(client.rank):
+                        found.append((_gap(rows[k], expected[k]), self.bound(k), float(np.abs(expected).max())))
+            for name, head in client.heads.items():
+                expected = mean_head(self.clients, self.samples, name)
+                found.append((_gap(head, expected), self.bound(), float(np.abs(expected).max())))
+        return found
+
+
+def _gap(found: Matrix, expected: Matrix) -> float:
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max())
+
+
+def product(adapter: Adapter, layer: str) -> Matrix:
+    factors = adapter.layers[layer]
+    return factors.scale * np.einsum("mk,kn->mn", factors.b, factors.a)
+
+
+# ------------------------------------------------------------------------------------------------------ every method
+
+
+def test_every_method_file_is_defined_here_and_every_definition_has_a_file() -> None:
+    assert set(FILES) == set(METHODS)
+
+
+@pytest.mark.parametrize("absent", [0, 74], ids=["all reply", "one asked does not reply"])
+@ROUNDS
+@EVERY
+def test_method_is_its_formula_in_float64(method: str, round_: int, absent: int) -> None:
+    definition = METHODS[method]
+    run = Round([f"method={method}", *IN_FLOAT64], round_, absent=absent)
+    for error, _, size in run.errors(definition.fit_rank, definition.travels[round_]):
+        assert error <= 1e-12 * size
+
+
+@pytest.mark.parametrize("absent", [0, 74], ids=["all reply", "one asked does not reply"])
+@ROUNDS
+@EVERY
+def test_method_is_its_formula_under_its_own_encryption_within_the_computed_bound(
+    method: str, round_: int, absent: int
+) -> None:
+    definition = METHODS[method]
+    run = Round([f"method={method}"], round_, absent=absent)
+    errors = run.errors(definition.fit_rank, definition.travels[round_])
+    error, bound, _ = max(errors, key=lambda x: x[0] / x[1])
+    print(f"{method}, round {round_}: error {error:.2e}, bound {bound:.2e}, {run.settings.crypto.backend}")
+    assert all(e <= b for e, b, _ in errors)
+    assert error > bound / 1000  # not vacuous
+
+
+@ROUNDS
+@EVERY
+def test_only_the_defined_factors_travel_and_the_others_stay_the_clients_own(method: str, round_: int) -> None:
+    travels = METHODS[method].travels[round_]
+    run = Round([f"method={method}"], round_)
+    for sent, got in zip(run.clients, run.received, strict=True):
+        for name, factors in got.layers.items():
+            for factor in ("a", "b"):
+                same = np.array_equal(getattr(factors, factor), getattr(sent.layers[name], factor))
+                assert same == (factor not in travels)
+        assert all((head != sent.heads[name]).any() for name, head in got.heads.items())  # in every round
+
+
+@ROUNDS
+@EVERY
+def test_what_travels_is_encrypted_whole_or_not_at_all(method: str, round_: int) -> None:
+    definition = METHODS[method]
+    run = Round([f"method={method}"], round_)
+    assert run.session.public.encrypts == definition.encrypted
+    per_component = sum({"a": x.n, "b": x.m}[f] for x in LAYERS for f in definition.travels[round_])
+    for client, message in zip(run.clients, run.messages, strict=True):
+        values = 21 + client.rank * per_component
+        if definition.encrypted:
+            assert message.clear == b""
+            blocks = -(-values // run.session.public.slots)
+            assert len(message.secret) == blocks * run.session.public.block_bytes
+        else:
+            assert message.secret == b""
+            assert len(message.clear) == 4 * values
+
+
+@ROUNDS
+@EVERY
+def test_clients_of_every_rank_end_with_the_same_components(method: str, round_: int) -> None:
+    """A lower rank holds the first components of a higher one, bit by bit, so that the next round starts equal."""
+    run = Round([f"method={method}"], round_)
+    highest = run.received[-1]
+    for got in run.received:
+        for name, factors in got.layers.items():
+            assert np.array_equal(factors.a, highest.layers[name].a[: got.rank])
+            assert np.array_equal(factors.b, highest.layers[name].b[:, : got.rank])
+        assert all(np.array_equal(head, highest.heads[name]) for name, head in got.heads.items())
+
+
+# ------------------------------------------------------------------------------- sealed: the sum of factors is the sum
+
+SEALED_CRYPTO = pytest.mark.parametrize("crypto", [IN_FLOAT64, ()], ids=["float64", "ckks"])
+
+
+def tolerance(run: Round, layer: str, shared: str, components: Sequence[int]) -> float:
+    """Of a sum over components of one factor's error times the shared other factor."""
+    if not run.session.public.encrypts:
+        return 1e-12
+    factors = max(run.clients, key=lambda c: c.rank).layers[layer]
+    rows = factors.a if shared == "a" else factors.b.T
+    return factors.scale * sum(run.bound(k) * float(np.abs(rows[k]).max()) for k in components)
+
+
+@SEALED_CRYPTO
+@ROUNDS
+def test_sealed_components_are_the_mean_updates_of_the_clients_that_have_them(
+    round_: int, crypto: tuple[str, ...]
+) -> None:
+    run = Round(["method=sealed", *crypto], round_)
+    shared = "a" if round_ == 0 else "b"
+    for got in run.received:
+        for name, factors in got.layers.items():
+            for k in range(got.rank):
+                found = factors.scale * np.outer(factors.b[:, k], factors.a[k])
+                expected = mean_component_update(run.clients, run.samples, name, k)
+                assert _gap(found, expected) <= tolerance(run, name, shared, [k])
+
+
+@SEALED_CRYPTO
+@ROUNDS
+def test_sealed_with_equal_ranks_is_exactly_the_true_update(round_: int, crypto: tuple[str, ...]) -> None:
+    run = Round(["method=sealed", *crypto], round_, ranks=(8, 8, 8, 8))
+    for got in run.received:
+        for layer in LAYERS:
+            gap = _gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
+            assert gap <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
+
+
+@SEALED_CRYPTO
+@ROUNDS
+def test_sealed_with_padding_is_exactly_the_true_update_at_unequal_ranks_too(
+    round_: int, crypto: tuple[str, ...]
+) -> None:
+    run = Round(["method=sealed", "method.fit_rank=pad", *crypto], round_)
+    for layer in LAYERS:
+        expected = true_update(run.clients, run.samples, layer.name)
+        found = product(run.received[-1], layer.name)  # of rank 8; lower ranks hold its first components
+        assert _gap(found, expected) <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
+        assert _gap(product(run.received[0], layer.name), expected) > 1e-3
+
+
+@ROUNDS
+def test_sealed_nested_at_unequal_ranks_is_another_mean_than_the_true_update(round_: int) -> None:
+    """A component that few clients have is not shrunk towards zero by those that lack it."""
+    run = Round(["method=sealed", *IN_FLOAT64], round_)
+    for layer in LAYERS:
+        expected = true_update(run.clients, run.samples, layer.name)
+        assert _gap(product(run.received[-1], layer.name), expected) > 1e-3
+
+
+@SEALED_CRYPTO
+@ROUNDS
+def test_b_only_sends_b_in_every_round_and_is_exactly_the_true_update(round_: int, crypto: tuple[str, ...]) -> None:
+    run = Round(["method=sealed", "method.share=b_only", *crypto], round_, ranks=(4, 4, 4), samples=(1, 20, 3))
+    assert run.plan.factors(round_) == ("b",)
+    for got in run.received:
+        for layer in LAYERS:
+            gap = _gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
+            assert gap <= tolerance(run, layer.name, "a", range(4))
+
+
+@SEALED_CRYPTO
+def test_sealed_rounds_in_a_row_share_what_the_round_before_gave(crypto: tuple[str, ...]) -> None:
+    """Round 1 trains A on the B that every client was given in round 0, at its own rank; round 2 the other way."""
+    run = Round(["method=sealed", *crypto], 0)
+    for round_ in (1, 2):
+        trained = []
+        for i, got in enumerate(run.received):
+            own = adapter_of(run.plan, got.rank, 100 * round_ + i)
+            layers = {
+                name: LoraFactors(
+                    own.layers[name].a if round_ == 1 else f.a, own.layers[name].b if round_ == 2 else f.b, f.scale
+                )
+                for name, f in got.layers.items()
+            }
+            trained.append(Adapter(layers, own.heads))
+        run = Round(["method=sealed", *crypto], round_, clients=trained)
+        for got in run.received:
+            for name, factors in got.layers.items():
+                for k in range(got.rank):
+                    found = factors.scale * np.outer(factors.b[:, k], factors.a[k])
+                    expected = mean_component_update(trained, run.samples, name, k)
+                    assert _gap(found, expected) <= tolerance(run, name, "b" if round_ == 1 else "a", [k])
+
+
+# --------------------------------------------------------------------- both factors apart: not the mean of the updates
+
+
+@pytest.mark.parametrize("method", ["fedavg", "full_he"])
+@pytest.mark.parametrize("ranks", [RANKS, (8, 8, 8, 8)], ids=["unequal", "equal"])
+def test_averaging_both_factors_apart_is_not_the_true_update(method: str, ranks: tuple[int, ...]) -> None:
+    """mean(B) mean(A) is not mean(B A): the error that the papers accept, and that alternating avoids."""
+    for overrides in ((f"method={method}", *IN_FLOAT64), (f"method={method}",)):
+        run = Round(overrides, 0, ranks=ranks)
+        for layer in LAYERS:
+            expected = true_update(run.clients, run.samples, layer.name)
+            deviation = _gap(product(run.received[-1], layer.name), expected)
+            assert deviation > 1e-3
+            assert deviation > 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "full_he"])
+def test_padding_counts_a_missing_component_as_zero_when_both_factors_are_averaged(method: str) -> None:
+    run = Round([f"method={method}", "method.fit_rank=pad", *IN_FLOAT64], 0)
+    for error, _, size in run.errors("pad", ("a", "b")):
+        assert error <= 1e-12 * size
+
+
+# ------------------------------------------------------------------------------------------------- the oracle itself
+
+
+def test_oracle_agrees_with_matrix_products_and_with_hand_made_numbers() -> None:
+    plan = build.make_plan(compose(CONF, ["method=fedavg"]), LAYERS, HEADS, 8)
+    clients = [adapter_of(plan, rank, rank) for rank in (2, 8)]
+    expected = 0.25 * clients[0].layers["block.q"].delta() + 0.75 * clients[1].layers["block.q"].delta()
+    assert true_update(clients, (10, 30), "block.q") == pytest.approx(expected, rel=1e-12, abs=1e-14)
+    nested, pad = (mean_factor(clients, (10, 30), "block.q", "a", fit) for fit in ("nested", "pad"))
+    one, two = (c.layers["block.q"].a for c in clients)
+    assert nested[1] == pytest.approx(0.25 * one[1] + 0.75 * two[1], rel=1e-12)
+    assert nested[5] == pytest.approx(two[5], rel=1e-12)
+    assert pad[5] == pytest.approx(0.75 * two[5], rel=1e-12)
