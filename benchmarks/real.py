@@ -56,7 +56,9 @@ def main() -> None:
     rows: dict[str, Any] = {}
     for name, overrides in ROWS.items():
         # training alone does not depend on the method: once is enough
-        rows[name] = run(options.experiment, [*overrides, *files, *options.overrides], options.runs, alone=name == "sealed")
+        rows[name] = run(
+            options.experiment, [*overrides, *files, *options.overrides], options.runs, alone=name == "sealed"
+        )
     differences = {
         f"{one} against {two}": {
             "loss": rows[one]["federated"]["loss"] - rows[two]["federated"]["loss"],

@@ -59,7 +59,9 @@ def adapter(layers: tuple[LayerShape, ...], rank: int, rng: np.random.Generator)
     return Adapter(
         {
             x.name: LoraFactors(
-                rng.normal(0, 0.05, (rank, x.n)).astype(np.float32), rng.normal(0, 0.05, (x.m, rank)).astype(np.float32), 2.0
+                rng.normal(0, 0.05, (rank, x.n)).astype(np.float32),
+                rng.normal(0, 0.05, (x.m, rank)).astype(np.float32),
+                2.0,
             )
             for x in layers
         },
@@ -79,7 +81,7 @@ def secret(settings: Settings) -> SecretPart:
 def measure(method: str, layers: tuple[LayerShape, ...], repeat: int) -> dict[str, Any]:
     """Means over clients and the two rounds; seconds are medians over repeats."""
     settings = compose(ROOT / "conf", [f"method={method}"])
-    plan = make_plan(settings, layers, (), max(RANKS))
+    plan = make_plan(settings, layers, (), tuple(sorted(set(RANKS))))
     part = secret(settings)
     link = session(settings, plan, run=1, key_fingerprint=part.fingerprint)
     rng = np.random.default_rng(0)

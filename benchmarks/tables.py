@@ -1,7 +1,7 @@
 """Write the tables of the documents from benchmarks/results/*.json, between their markers.
 
-    python benchmarks/tables.py            rewrite
-    python benchmarks/tables.py --check    exit 1 when a document differs from the results
+python benchmarks/tables.py            rewrite
+python benchmarks/tables.py --check    exit 1 when a document differs from the results
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ DOCUMENTS = ("README.md",)
 
 def round_table(found: dict[str, Any]) -> list[str]:
     """benchmarks/round.py."""
-    rows = ["| method | up | down | total against `fedavg` | client seconds | server seconds |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| method | up | down | total against `fedavg` | client seconds | server seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, r in found["methods"].items():
         client = sum(s for stage, s in r["seconds"].items() if stage.startswith("client"))
         server = sum(s for stage, s in r["seconds"].items() if stage.startswith("server"))
@@ -47,7 +50,8 @@ def real_table(found: dict[str, Any]) -> list[str]:
         rest = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB | {r['encrypted_fraction']:.0%}"
         rows.append(line(name, r["federated"], rest))
     differences = "; ".join(
-        f"{pair}: loss {v['loss']:+.1e}, {metric} {v[metric]:+.1e}" for pair, v in found["difference_by_encryption"].items()
+        f"{pair}: loss {v['loss']:+.1e}, {metric} {v[metric]:+.1e}"
+        for pair, v in found["difference_by_encryption"].items()
     )
     return [*rows, "", f"Difference that encryption makes, same seed: {differences}."]
 

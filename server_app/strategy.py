@@ -192,7 +192,7 @@ class EncryptedLora(Strategy):
                 if self.settings.record_server_view:
                     self.folder.view(server_round, member.name, payload[0])
                 started = time.perf_counter()
-                message = self._sum.add(payload[0], sender=member.number, who=member.contributor)
+                message = self._sum.add(payload[0], sender=member.number, who=self.federation.contributor(member))
                 seconds = time.perf_counter() - started
                 self.ledger.update(
                     server_round, member, values, message, self._counts(message), len(payload[0]), seconds
@@ -240,7 +240,8 @@ class EncryptedLora(Strategy):
 
     def _counts(self, message: wire.Message) -> tuple[int, int]:
         assert self.federation.session is not None
-        return counts(self.federation.session.plan, message.factors, message.rank)
+        clear, secret = counts(self.federation.session.plan, message.factors, message.rank)
+        return sum(clear), sum(secret)
 
     # --- messages -------------------------------------------------------------------------------------------------
 
@@ -258,7 +259,7 @@ class EncryptedLora(Strategy):
             "rounds": self.settings.federation.rounds,
             "sender": member.number,
             "total": total,
-            "max_rank": self.federation.session.plan.max_rank,
+            "tiers": self.federation.session.plan.tiers,
             "base": member.have,
             "aggregates": [[m.round, m.rank] for m in aggregates],
         }

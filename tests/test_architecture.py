@@ -74,7 +74,14 @@ print(json.dumps({n: sorted(vars(m)) for n, m in sys.modules.items() if n.split(
 def test_no_module_the_server_loads_exposes_a_type_that_can_hold_a_secret() -> None:
     modules = _server_modules()
     assert "ciphertune.crypto.ckks" in modules and "ciphertune.aggregation" in modules
-    for name in ("crypto.secret", "crypto.ckks_secret", "crypto.clear_secret", "crypto.keys", "build_client", "exchange"):
+    for name in (
+        "crypto.secret",
+        "crypto.ckks_secret",
+        "crypto.clear_secret",
+        "crypto.keys",
+        "build_client",
+        "exchange",
+    ):
         assert f"ciphertune.{name}" not in modules
     for name, exposed in modules.items():
         assert not [x for x in exposed if re.search("secret|decrypt", x, re.IGNORECASE)], name
@@ -95,7 +102,9 @@ def test_the_servers_context_has_no_key_and_cannot_decrypt() -> None:
 
 
 def test_the_apps_import_nothing_heavy_before_a_message_needs_it() -> None:
-    code = "import sys, client_app.app, server_app.app; print(sorted({'torch','transformers','peft'} & set(sys.modules)))"
+    code = (
+        "import sys, client_app.app, server_app.app; print(sorted({'torch','transformers','peft'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -119,6 +128,8 @@ def test_the_bundle_carries_the_apps_and_the_configuration_and_nothing_else(tmp_
         names = zipfile.ZipFile(BytesIO(build_fab_from_disk(ROOT))).namelist()
     finally:
         (ROOT / "stray.json").unlink()
-    allowed = re.compile(r"(server_app|client_app)/\w+\.py|conf/(\w+/)?\w+\.yaml|README\.md|LICENSE|pyproject\.toml|\.info/.*")
+    allowed = re.compile(
+        r"(server_app|client_app)/\w+\.py|conf/(\w+/)?\w+\.yaml|README\.md|LICENSE|pyproject\.toml|\.info/.*"
+    )
     assert [n for n in names if not allowed.fullmatch(n)] == []
     assert {"server_app/app.py", "client_app/app.py", "conf/config.yaml"} <= set(names)

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 
 from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.aggregation import SeparateSum, cut
+from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.crypto.clear_secret import ClearSecret
+from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
 from ciphertune.exchange import seal, unseal
 from ciphertune.federation import Federation, Hello, parse_hello
-from ciphertune.plan import LayerShape
-from ciphertune.settings import CryptoSettings, FederationSettings, Settings
+from ciphertune.plan import LayerShape, Plan
+from ciphertune.ranks import Contributor
+from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings
 from ciphertune.versions import code_digest
-from ciphertune.wire import encode
+from ciphertune.wire import Session, encode
 
 SETTINGS = Settings(
     crypto=CryptoSettings(backend="clear", precision="float64"), federation=FederationSettings(min_contributors=1)
@@ -71,7 +75,7 @@ def test_two_sides_of_equal_size_cannot_be_settled() -> None:
         ({"code": "00" * 8}, SettingsMismatchError),
         ({"layers": LAYERS[:1]}, PlanMismatchError),
         ({"initial": "cd" * 8}, PlanMismatchError),
-        ({"rank": 9}, PlanMismatchError),
+        ({"rank": 1}, PlanMismatchError),
         ({"name": "a"}, FormatError),
     ],
 )
@@ -128,7 +132,9 @@ def test_sampling_asks_the_share_but_never_fewer_than_could_be_released() -> Non
 
 
 def _adapter(rank: int, value: float) -> Adapter:
-    return Adapter({x.name: LoraFactors(np.full((rank, x.n), value), np.full((x.m, rank), value), 2.0) for x in LAYERS}, {})
+    return Adapter(
+        {x.name: LoraFactors(np.full((rank, x.n), value), np.full((x.m, rank), value), 2.0) for x in LAYERS}, {}
+    )
 
 
 def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_component() -> None:
@@ -154,8 +160,10 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
         for member in chosen:
             bring_up(member)
             update = _adapter(member.hello.rank, round_ + 1.0)
-            sent = seal(update, session, secret, round_=round_, sender=member.number, samples=10, total=10 * len(chosen))
-            sum_.add(sent, sender=member.number, who=member.contributor)
+            sent = seal(
+                update, session, secret, round_=round_, sender=member.number, samples=10, total=10 * len(chosen)
+            )
+            sum_.add(sent, sender=member.number, who=federation.contributor(member))
         federation.close_round(sum_)
     # it holds round 0; round 1 has the newest of A above the second component, 3 and 4 the newest below
     assert [m.round for m in federation.catch_up(high)] == [1, 3, 4]
@@ -169,3 +177,58 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
             assert np.array_equal(got.a, want.a) and np.array_equal(got.b, want.b)
     assert states["high"].layers["one"].b[0].tolist() == [5.0, 5.0] + [1.0] * 6
     assert states["high"].layers["one"].a[:, 0].tolist() == [4.0, 4.0] + [2.0] * 6
+
+
+def test_tiers_are_the_ranks_that_enough_clients_reach_here_or_by_the_settings() -> None:
+    def tiers(present: list[int], foreseen: list[int], enough: int) -> tuple[int, ...]:
+        clients = tuple(ClientSettings(rank=r) for r in foreseen)
+        federation = Federation(SETTINGS, 3)
+        federation.settings = replace(
+            SETTINGS, federation=FederationSettings(min_clients=enough, min_contributors=enough, clients=clients)
+        )
+        agreed = [hello(f"c{k}", r, settings=federation.settings.digest().hex()) for k, r in enumerate(present)]
+        federation.settle(agreed)
+        assert federation.session is not None
+        return federation.session.plan.tiers
+
+    assert tiers([2, 4, 8, 8], [2], 2) == (2, 4, 8)
+    assert tiers([4, 8, 8, 16], [4], 2) == (4, 8)
+    assert tiers([4, 8, 8, 16], [4], 3) == (4, 8)
+    assert tiers([4, 8, 8, 16], [4, 16, 16], 2) == (4, 8, 16)
+    assert tiers([4, 8], [4], 2) == (4,)
+
+
+@pytest.mark.parametrize("select", ["none", "all"])
+def test_components_that_fewer_than_the_minimum_contributed_are_never_released(select: str) -> None:
+    method = replace(SETTINGS.method, select=select)
+    settings = replace(SETTINGS, method=method, federation=FederationSettings(min_clients=2, min_contributors=2))
+    federation = Federation(settings, 3)
+    digest = settings.digest().hex()
+    federation.settle([hello(n, r, settings=digest) for n, r in (("a", 2), ("b", 8), ("c", 8))])
+    assert federation.session is not None and federation.session.plan.tiers == (2, 8)
+    secret = ClearSecret(ClearPublic("float64"), 1e9)
+    low, high, _ = federation.members
+    sum_ = federation.open_round(0, [low, high])  # only one of the two clients of rank 8 is asked
+    for member in (low, high):
+        update = _adapter(member.hello.rank, 1.0)
+        sent = seal(update, federation.session, secret, round_=0, sender=member.number, samples=10, total=20)
+        sum_.add(sent, sender=member.number, who=federation.contributor(member))
+    released = federation.close_round(sum_)
+    assert released.rank == 2
+    values = np.frombuffer(released.clear + released.secret)
+    assert values.size == 2 * sum(x.m for x in LAYERS) and (values == 1.0).all()
+
+
+def test_no_ciphertext_that_a_lower_rank_gets_holds_a_component_above_it() -> None:
+    params = CkksParams(4096, (54, 20), 40, 64.0)
+    secret = CkksSecret(params, generate_key(params))
+    plan = Plan(LAYERS, (), 2.0, (2, 8), "alternate", "all", "nested")
+    session = Session(1, plan, bytes(16), secret.fingerprint, secret.public, ClearPublic(), 64.0)
+    sum_ = SeparateSum(session, 0, 20)
+    for number in (1, 2):
+        sent = seal(_adapter(8, 1.0), session, secret, round_=0, sender=number, samples=10, total=20)
+        sum_.add(sent, sender=number, who=Contributor(8, 10))
+    message = cut(sum_.release(2), session, 2)
+    every_slot = secret.decrypt(message.secret, len(message.secret) // params.block_bytes * params.slots)
+    shared = 2 * sum(x.m for x in LAYERS)
+    assert np.allclose(every_slot[:shared], 1.0, atol=1e-6) and np.allclose(every_slot[shared:], 0.0, atol=1e-6)

@@ -86,7 +86,9 @@ def test_what_a_client_receives_is_the_weighted_mean_of_what_the_clients_sent(la
     for name in (n for n in received if n.endswith(".b")):  # B travels in round 0
         for component, have in ((0, [0, 1, 2, 3]), (3, [1, 2, 3]), (7, [2, 3])):
             weights = np.array([samples[k] for k in have], np.float64)
-            mean = sum(w * updates[k][name][:, component].astype(np.float64) for w, k in zip(weights, have, strict=True))
+            mean = sum(
+                w * updates[k][name][:, component].astype(np.float64) for w, k in zip(weights, have, strict=True)
+            )
             assert np.allclose(received[name][:, component], mean / weights.sum(), atol=1e-6)
 
 
@@ -241,7 +243,10 @@ def test_a_client_with_another_key_is_left_out_and_both_fingerprints_are_shown(
     from ciphertune.cli import main
 
     for name in ("good", "other"):
-        assert main(["keys", "create", "--out", str(tmp_path / f"{name}.key"), "--app", str(Path(__file__).parents[1])]) == 0
+        assert (
+            main(["keys", "create", "--out", str(tmp_path / f"{name}.key"), "--app", str(Path(__file__).parents[1])])
+            == 0
+        )
     good, other = re.findall(r"fingerprint (\w+)", said(capsys))
     nodes = {
         k: {
@@ -283,7 +288,9 @@ def test_a_client_under_other_settings_is_refused(lab: Lab, capsys: pytest.Captu
     assert re.search(r"left out node \w+: SettingsMismatchError: this client's settings differ", said(capsys))
 
 
-def test_a_real_nodes_error_text_stays_on_the_node(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_nodes_error_text_stays_on_the_node(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nodes: dict[int, dict[str, Any]] = {
         k: {"name": f"lab-{k}", "data-path": str(tmp_path / f"lab-{k}.jsonl"), "rank": 2} for k in range(3)
     }
@@ -310,3 +317,18 @@ def test_a_fraction_of_the_clients_is_asked_and_the_others_catch_up(lab: Lab) ->
     assert all(len(a) == 2 for a in asked) and len({tuple(a) for a in asked}) > 1
     high, twin = (load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in (2, 3))
     assert all(np.array_equal(high[n], twin[n]) for n in high)
+
+
+def test_components_that_only_one_client_has_stay_with_it_and_keep_learning(lab: Lab) -> None:
+    ranks = "federation.clients=[{rank:4},{rank:8},{rank:8},{rank:16}]"
+    run = lab(f"method=sealed federation.rounds=4 '{ranks}'")
+    sent = {r["node"]: r["bytes_up"] for r in rounds(run) if r["stage"] == "update" and r["round"] == 0}
+    assert sent["client-3"] == sent["client-2"] > sent["client-0"]
+    own = load_file(run / "clients/client-3/state/adapter.safetensors")
+    other = load_file(run / "clients/client-2/state/adapter.safetensors")
+    saved = load_file(run / "clients/client-3/adapter/adapter_model.safetensors")
+    for name in (n for n in own if n.endswith(".b")):
+        assert np.array_equal(own[name][:, :8], other[name])
+        assert np.abs(own[name][:, 8:]).min() > 0
+        (key,) = (k for k in saved if name.removesuffix(".b") in k and "lora_B" in k)
+        assert np.array_equal(saved[key], own[name])

@@ -55,7 +55,9 @@ def test_a_run_folder_is_never_written_into_twice(tmp_path: Path, capsys: pytest
     assert (tmp_path / "mine" / "settings.yaml").read_text() == "kept"
 
 
-def test_keys_are_created_once_and_shown_by_fingerprint_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_are_created_once_and_shown_by_fingerprint_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "lab.key"
     create = ["keys", "create", "--out", str(file), "--app", str(ROOT)]
     assert main(create) == 0 and file.stat().st_mode & 0o777 == 0o600

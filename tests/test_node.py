@@ -12,7 +12,8 @@ from ciphertune.node import node_settings, run_folder
 from ciphertune.settings import ClientSettings, FederationSettings, Settings
 
 SETTINGS = Settings(
-    federation=FederationSettings(clients=(ClientSettings(rank=2), ClientSettings(rank=4, budget=0.5))), runs_dir="/runs"
+    federation=FederationSettings(clients=(ClientSettings(rank=2), ClientSettings(rank=4, budget=0.5))),
+    runs_dir="/runs",
 )
 
 

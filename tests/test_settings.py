@@ -13,7 +13,10 @@ from ciphertune.run_config import settings_of
 from ciphertune.settings import Settings, check, compose
 
 CHOICES = [
-    f"{folder.name}={file.stem}" for folder in sorted(CONF.iterdir()) if folder.is_dir() for file in folder.glob("*.yaml")
+    f"{folder.name}={file.stem}"
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir()
+    for file in folder.glob("*.yaml")
 ]
 NEEDS = {"model=classifier": ["data=jsonl", "data.labels=[no,yes]"]}
 

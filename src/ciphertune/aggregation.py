@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ciphertune import wire
-from ciphertune.crypto.base import blocks_for
 from ciphertune.crypto.clear import parse
 from ciphertune.errors import FederationError, RoundMismatchError
 from ciphertune.ranks import Contributor
-from ciphertune.split import counts
 
 
 class SeparateSum:
@@ -46,9 +44,9 @@ class SeparateSum:
         return len(self._contributors)
 
     def release(self, minimum: int) -> wire.Message:
-        """The aggregate, at the largest contributing rank.
+        """The aggregate, up to the largest tier to which at least `minimum` clients contributed.
 
-        Raises FederationError when fewer than `minimum` contributed: the sum of one update *is* that update.
+        Raises FederationError when fewer than `minimum` contributed at all: the sum of one update *is* that update.
         """
         if self.contributors < max(1, minimum):
             raise FederationError(
@@ -56,7 +54,7 @@ class SeparateSum:
                 f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
             )
         people = tuple(self._contributors[s] for s in sorted(self._contributors))
-        return wire.Message(
+        whole = wire.Message(
             kind=wire.AGGREGATE,
             factors=self._session.plan.factors(self._round),
             round=self._round,
@@ -67,15 +65,11 @@ class SeparateSum:
             clear=self._clear.result(self._clear.blocks()),
             secret=self._secret.result(self._secret.blocks()),
         )
+        return cut(whole, self._session, sorted((c.rank for c in people), reverse=True)[max(1, minimum) - 1])
 
 
 def cut(message: wire.Message, session: wire.Session, rank: int) -> wire.Message:
-    """The aggregate as a client of `rank` needs it: a prefix of both parts."""
+    """The aggregate as a client that shares `rank` components needs it: a prefix of both parts."""
     rank = min(rank, message.rank)
-    clear, secret = counts(session.plan, message.factors, rank)
-    return replace(
-        message,
-        rank=rank,
-        clear=message.clear[: clear * session.clear.block_bytes],
-        secret=message.secret[: blocks_for(session.public, secret) * session.public.block_bytes],
-    )
+    clear, secret = wire.sizes(session, message.factors, rank)
+    return replace(message, rank=rank, clear=message.clear[:clear], secret=message.secret[:secret])

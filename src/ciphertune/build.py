@@ -18,13 +18,15 @@ def public_part(crypto: CryptoSettings) -> PublicPart:
     return CkksPublic(ckks_params(crypto))
 
 
-def make_plan(settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], max_rank: int) -> Plan:
+def make_plan(
+    settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], tiers: tuple[int, ...]
+) -> Plan:
     """The plan that follows from the settings and the shapes of the model. Every party makes the same one."""
     return Plan(
         layers=layers,
         heads=heads,
         scale=settings.model.alpha / settings.model.rank,
-        max_rank=max_rank,
+        tiers=tiers,
         share=settings.method.share,
         select=settings.method.select,
         fit_rank=settings.method.fit_rank,

@@ -30,8 +30,11 @@ from ciphertune.node import NodeSettings
 from ciphertune.plan import HeadShape, LayerShape, Plan
 from ciphertune.progress import Progress
 from ciphertune.settings import Settings
+from ciphertune.split import keep_own
 from ciphertune.state import load_state, record, save_state
 from ciphertune.versions import code_digest, versions
+
+_STATE = "state/adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Task:
     round: int
     sender: int  # the number the server gave this client
     total: int  # samples of all clients asked
-    max_rank: int  # of the plan
+    tiers: tuple[int, ...]  # of the plan
     base: int  # the round whose mean the server believes this client to hold, -1 for none
     aggregates: tuple[tuple[int, int], ...]  # (round, rank) of each aggregate that comes along, oldest first
     rounds: int
@@ -50,8 +53,9 @@ class Task:
 def task(values: dict[str, Any]) -> Task:
     """The task in a message. Raises FormatError."""
     try:
-        numbers = {k: int(values[k]) for k in ("round", "sender", "total", "max_rank", "base", "rounds")}
-        return Task(aggregates=tuple((int(r), int(k)) for r, k in values["aggregates"]), **numbers)
+        numbers = {k: int(values[k]) for k in ("round", "sender", "total", "base", "rounds")}
+        tiers = tuple(int(t) for t in values["tiers"])
+        return Task(tiers=tiers, aggregates=tuple((int(r), int(k)) for r, k in values["aggregates"]), **numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError("the server's task is not readable") from error
 
@@ -75,10 +79,10 @@ class Client:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def plan(self, max_rank: int) -> Plan:
+    def plan(self, tiers: tuple[int, ...]) -> Plan:
         """The plan that follows from this client's own settings: no server can make it send in the clear."""
         layers, heads = shapes(self.model.read())
-        return make_plan(self.settings, layers, heads, max_rank)
+        return make_plan(self.settings, layers, heads, tiers)
 
 
 def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
@@ -87,7 +91,12 @@ def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
     secret = secret_part(settings.crypto, node)
     tokenizer = lm_model.load_tokenizer(settings.model)
     data = lm_data.load_client_data(
-        settings.data, settings.model, tokenizer, client=_part(settings, node), clients=node.clients, path=node.data_path
+        settings.data,
+        settings.model,
+        tokenizer,
+        client=_part(settings, node),
+        clients=node.clients,
+        path=node.data_path,
     )
     model = lm_model.load(
         settings.model, rank=node.rank, labels=settings.data.labels, device=node.device, seed=settings.seed
@@ -138,10 +147,10 @@ def join(client: Client) -> dict[str, Any]:
 
 def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
-    adapter = _catch_up(client, task, received)
+    adapter, at = _catch_up(client, task, received)
     client.model.write(adapter)
     report = _evaluate(client)
-    plan = client.plan(task.max_rank)
+    plan = client.plan(task.tiers)
     factors = plan.factors(task.round)
     client.model.freeze("" if len(factors) == 2 else "a" if factors == ("b",) else "b")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
@@ -155,6 +164,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             progress=progress,
         )
     update = client.model.read()
+    own = keep_own(adapter, update, plan.shared(adapter.rank))
     if client.settings.record_updates:
         record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
     with client.timed("seal"):
@@ -167,12 +177,14 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             samples=len(client.data.train),
             total=task.total,
         )
+    if plan.shared(adapter.rank) < adapter.rank:
+        save_state(client.node.folder / _STATE, own, run=client.run, round_=at)
     return data, report | {"train_loss": result.loss, "samples": result.samples, "seconds": client.seconds}
 
 
 def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
     """Take the last mean, measure it, and leave it as a PEFT folder."""
-    client.model.write(_catch_up(client, task, received))
+    client.model.write(_catch_up(client, task, received)[0])
     report = _evaluate(client)
     with client.timed("save"):
         client.model.save(client.node.folder / "adapter")
@@ -205,17 +217,18 @@ def initial_digest(adapter: Adapter) -> str:
     return total.hexdigest()[:16]
 
 
-def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> Adapter:
-    """This node's adapter after the aggregates that came along. Raises PlanMismatchError when it lacks earlier ones."""
-    path = client.node.folder / "state" / "adapter.safetensors"
+def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int]:
+    """This node's adapter after the aggregates that came along, and the last one's round.
+
+    Raises PlanMismatchError when earlier ones are missing.
+    """
+    path = client.node.folder / _STATE
     adapter, at = load_state(path, client.model.read(), run=client.run)
     if at < task.base:
         raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
     if len(task.aggregates) != len(received):
         raise PlanMismatchError(f"{len(received)} aggregates came along where {len(task.aggregates)} were announced")
-    link = session(
-        client.settings, client.plan(task.max_rank), run=client.run, key_fingerprint=client.secret.fingerprint
-    )
+    link = session(client.settings, client.plan(task.tiers), run=client.run, key_fingerprint=client.secret.fingerprint)
     with client.timed("unseal"):
         for (round_, rank), data in zip(task.aggregates, received, strict=True):
             adapter, _ = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
@@ -224,7 +237,7 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> Adapter:
         save_state(path, adapter, run=client.run, round_=at)
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
-    return adapter
+    return adapter, at
 
 
 def _evaluate(client: Client) -> dict[str, Any]:

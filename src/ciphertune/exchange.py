@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.adapter import Adapter
+from ciphertune.crypto.base import blocks_for
 from ciphertune.crypto.clear import parse
 from ciphertune.crypto.secret import SecretPart, check_range
 from ciphertune.errors import RangeError
 from ciphertune.ranks import Contributor, to_mean
-from ciphertune.split import Parts, counts, join, split
+from ciphertune.split import counts, join, split
 
 
 def seal(
@@ -32,19 +34,19 @@ def seal(
         raise RangeError(f"weight {samples}/{total} is not between 0 and 1: the server's total is wrong")
     factors = session.plan.factors(round_)
     parts = split(adapter, session.plan, factors)
-    check_range(parts.clear, session.bound)
-    check_range(parts.secret, session.bound)
-    weight = samples / total
+    for tensor in (*adapter.heads.values(), *(x for f in adapter.layers.values() for x in (f.a, f.b))):
+        check_range(tensor, session.bound)
+    weight, rank = samples / total, session.plan.shared(adapter.rank)
     message = wire.Message(
         kind=wire.UPDATE,
         factors=factors,
         round=round_,
         sender=sender,
-        rank=adapter.rank,
+        rank=rank,
         total=total,
-        contributors=(Contributor(adapter.rank, samples),),
-        clear=(parts.clear * weight).astype(session.clear.dtype).tobytes(),
-        secret=secret.encrypt(parts.secret * weight) if parts.secret.size else b"",
+        contributors=(Contributor(rank, samples),),
+        clear=b"".join((values * weight).astype(session.clear.dtype).tobytes() for values in parts.clear),
+        secret=b"".join(secret.encrypt(values * weight) for values in parts.secret),
     )
     return wire.encode(message, session)
 
@@ -54,17 +56,24 @@ def unseal(
 ) -> tuple[Adapter, wire.Message]:
     """The mean of a round, written over `base`, and the message it came in.
 
-    rank: of the aggregate's prefix, at most the base's. Components that nobody contributed keep the base's values, and
-    so do factors that did not travel. Raises WireError.
+    rank: components in the aggregate, at most the base's. The others keep the base's values, and so do factors that did
+    not travel. Raises WireError.
     """
     message = wire.decode(data, session, wire.Expected(wire.AGGREGATE, round_, 0, rank))
-    clear_count, secret_count = counts(session.plan, message.factors, rank)
-    clear = parse(message.clear, session.clear.dtype)
-    hidden = secret.decrypt(message.secret, secret_count) if secret_count else np.zeros(0)
-    args = (session.plan, message.factors, message.contributors, message.total)
-    parts = Parts(to_mean(clear, *args) if clear_count else clear, to_mean(hidden, *args) if secret_count else hidden)
-    for part in (parts.clear, parts.secret):
-        # an undetected wrong key, a wrapped sum or a false total shows as absurd numbers, never as an exception
-        if part.size and not np.abs(part).max() <= 2 * session.bound:
-            raise RangeError(f"the mean of round {round_} holds values above crypto.bound={session.bound:g}")
-    return join(parts, session.plan, message.factors, base), message
+    packed = np.concatenate([parse(message.clear, session.clear.dtype), *_decrypted(message, session, secret)])
+    if packed.size and not np.abs(packed).max() <= 2 * session.bound:
+        # an undetected wrong key or a wrapped sum shows as absurd numbers, never as an exception
+        raise RangeError(f"the aggregate of round {round_} holds values above crypto.bound={session.bound:g}")
+    mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
+    return join(mean, session.plan, message.factors, base), message
+
+
+def _decrypted(message: wire.Message, session: wire.Session, secret: SecretPart) -> list[npt.NDArray[np.float64]]:
+    """The values of each encrypted segment."""
+    _, counted = counts(session.plan, message.factors, message.rank)
+    found, at = [], 0
+    for count in counted:
+        size = blocks_for(session.public, count) * session.public.block_bytes
+        found.append(secret.decrypt(message.secret[at : at + size], count))
+        at += size
+    return found

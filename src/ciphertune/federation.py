@@ -54,11 +54,6 @@ class Member:
         """Its name in logs and files."""
         return self.hello.name
 
-    @property
-    def contributor(self) -> Contributor:
-        """Its rank and weight."""
-        return Contributor(self.hello.rank, self.hello.samples)
-
 
 def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hello:
     """Check what came over the wire. Raises FormatError."""
@@ -77,7 +72,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             layers=tuple(LayerShape(str(n), int(m), int(k)) for n, m, k in values["layers"]),
             heads=tuple(HeadShape(str(n), tuple(int(d) for d in s)) for n, s in values["heads"]),
         )
-        Plan.from_json(Plan(hello.layers, hello.heads, 1.0, hello.rank, "both", "none", "pad").to_json())
+        Plan.from_json(Plan(hello.layers, hello.heads, 1.0, (hello.rank,), "both", "none", "pad").to_json())
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError("the client's greeting is not readable") from error
     digests = (hello.parameters, hello.settings, hello.code, hello.initial)
@@ -110,9 +105,7 @@ class Federation:
             raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
         first = next(h for h in hellos if _common(h) == groups[0][0])
         agreed = [h for h in hellos if _common(h) == groups[0][0]]
-        # also the ranks the settings foresee, so that a client of higher rank may come later
-        ranks = [h.rank for h in agreed] + [c.rank for c in self.settings.federation.clients]
-        plan = make_plan(self.settings, first.layers, first.heads, max(ranks))
+        plan = make_plan(self.settings, first.layers, first.heads, self._tiers([h.rank for h in agreed]))
         self.session = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
         if first.parameters != self.session.public.digest().hex():
             raise FederationError("the clients' encryption library or parameters differ from the server's")
@@ -123,6 +116,16 @@ class Federation:
             except (FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError) as error:
                 refused.append((hello, str(error)))
         return refused
+
+    def _tiers(self, present: Sequence[int]) -> tuple[int, ...]:
+        """The ranks to which enough clients reach for an aggregate to be released, of those here or foreseen."""
+        foreseen = [c.rank for c in self.settings.federation.clients]
+        enough = self.settings.federation.min_contributors
+        return tuple(
+            t
+            for t in sorted({*present, *foreseen})
+            if any(sum(r >= t for r in g) >= enough for g in (present, foreseen))
+        )
 
     def admit(self, hello: Hello) -> Member:
         """Take in one client under the settled plan. Raises the error that says why not."""
@@ -141,8 +144,8 @@ class Federation:
             )
         if (hello.layers, hello.heads) != (plan.layers, plan.heads):
             raise PlanMismatchError(f"{hello.name} adapts other layers than the plan: check its model and targets")
-        if hello.rank > plan.max_rank:
-            raise PlanMismatchError(f"{hello.name} has rank {hello.rank}, above the plan's {plan.max_rank}")
+        if not plan.shared(hello.rank):
+            raise PlanMismatchError(f"{hello.name} has rank {hello.rank}, below the plan's lowest, {plan.tiers[0]}")
         if self.members and hello.initial != self.members[0].hello.initial:
             raise PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
         if any(m.name == hello.name for m in self.members):
@@ -168,13 +171,19 @@ class Federation:
         aggregate = sum_.release(self.settings.federation.min_contributors)
         self._history.append(aggregate)
         assert self.session is not None
-        self._history = _needed(self._history, -1, self.session.plan.max_rank)
+        self._history = _needed(self._history, -1, self.session.plan.tiers[-1])
         return aggregate
 
     def catch_up(self, member: Member) -> list[wire.Message]:
         """The aggregates this member lacks, oldest first, each cut to its rank."""
         assert self.session is not None
-        return [cut(m, self.session, member.hello.rank) for m in _needed(self._history, member.have, member.hello.rank)]
+        rank = self.contributor(member).rank
+        return [cut(m, self.session, rank) for m in _needed(self._history, member.have, rank)]
+
+    def contributor(self, member: Member) -> Contributor:
+        """What a member's update counts as: the components it shares, and its weight."""
+        assert self.session is not None
+        return Contributor(self.session.plan.shared(member.hello.rank), member.hello.samples)
 
 
 def _needed(history: Sequence[wire.Message], have: int, rank: int) -> list[wire.Message]:

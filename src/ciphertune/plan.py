@@ -14,7 +14,7 @@ Factor = str  # "a" | "b"
 FACTORS: tuple[Factor, ...] = ("a", "b")
 
 # A plan comes over the wire; these stop a hostile one from asking for the impossible.
-_MAX_LAYERS, _MAX_DIMENSION, _MAX_RANK = 10_000, 1 << 24, 4096
+_MAX_LAYERS, _MAX_DIMENSION, _MAX_RANK, _MAX_TIERS = 10_000, 1 << 24, 4096, 1000
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,17 @@ class Plan:
     layers: tuple[LayerShape, ...]
     heads: tuple[HeadShape, ...]
     scale: float  # alpha / r, common to all clients
-    max_rank: int
+    tiers: tuple[int, ...]  # ascending; a message holds the components up to one of these
     share: str  # both | alternate | b_only
     select: str  # none | all
     fit_rank: str  # nested | pad
+
+    def shared(self, rank: int) -> int:
+        """How many components a client of `rank` shares: the largest tier it reaches, 0 when it reaches none.
+
+        What it has above that stays its own: too few clients have as many for an aggregate to be released.
+        """
+        return max((t for t in self.tiers if t <= rank), default=0)
 
     def factors(self, round_: int) -> tuple[Factor, ...]:
         """The factors that are trained and travel in a round (from 0).
@@ -78,7 +85,7 @@ class Plan:
                 layers=tuple(LayerShape(str(x["name"]), int(x["m"]), int(x["n"])) for x in raw.pop("layers")),
                 heads=tuple(HeadShape(str(x["name"]), tuple(map(int, x["shape"]))) for x in raw.pop("heads")),
                 scale=float(raw.pop("scale")),
-                max_rank=int(raw.pop("max_rank")),
+                tiers=tuple(map(int, raw.pop("tiers"))),
                 **{k: str(raw[k]) for k in ("share", "select", "fit_rank")},
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -87,7 +94,9 @@ class Plan:
         if (
             len(plan.layers) + len(plan.heads) > _MAX_LAYERS
             or not all(1 <= d <= _MAX_DIMENSION for d in sizes)
-            or not 1 <= plan.max_rank <= _MAX_RANK
+            or not 1 <= len(plan.tiers) <= _MAX_TIERS
+            or not 1 <= plan.tiers[0] <= plan.tiers[-1] <= _MAX_RANK
+            or list(plan.tiers) != sorted(set(plan.tiers))
             or not (math.isfinite(plan.scale) and plan.scale > 0)
         ):
             raise FormatError("the plan asks for impossible sizes")

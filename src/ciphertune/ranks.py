@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ciphertune.errors import FormatError
 from ciphertune.plan import Factor, Plan
 from ciphertune.split import component_size, head_size
 
@@ -41,11 +42,11 @@ def to_mean(
     contributors: Sequence[Contributor],
     total: int,
 ) -> npt.NDArray[np.float64]:
-    """A packed weighted sum -> the packed mean. Trailing components that nobody contributed are cut off."""
+    """A packed weighted sum -> the packed mean. Raises FormatError when it holds components that nobody contributed."""
     heads, size = head_size(plan), component_size(plan, factors)
     rank = (packed.size - heads) // size if size else 0
     per_component = divisors(plan, contributors, total, rank)
-    rank = int(np.count_nonzero(per_component))
+    if not per_component.all():
+        raise FormatError("the aggregate holds components that none of its contributors has")
     everyone = sum(c.samples for c in contributors) / total
-    divisor = np.concatenate([np.full(heads, everyone), np.repeat(per_component[:rank], size)])
-    return np.asarray(packed[: divisor.size] / divisor)
+    return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))

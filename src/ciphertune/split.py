@@ -1,14 +1,19 @@
 """Adapter <-> the flat vectors that travel: a clear part and a secret part.
 
-Both are packed densely over all layers, components outermost, so that a client of lower rank sends a *prefix* of what a
-client of higher rank sends, and block i of every message holds the same entries:
+Both are packed densely over all layers, components outermost, and cut into one segment per tier of ranks:
 
-    heads | component 0 of all layers | component 1 of all layers | ...
+    heads | component 0 of all layers | component 1 | ...  up to the first tier    segment 0
+    components of all layers                               up to the second tier   segment 1
+    ...
+
+A client of lower rank sends a *prefix* of the segments of a client of higher rank. Each segment is encrypted into
+ciphertexts of its own, so that no ciphertext mixes components that different groups of clients may see.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +27,10 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a client sends: `clear` is readable by the server, `secret` is encrypted. Both (count,), float64."""
+    """What a client sends, per segment: `clear` is readable by the server, `secret` is encrypted. Each (count,)."""
 
-    clear: Vector
-    secret: Vector
+    clear: tuple[Vector, ...]
+    secret: tuple[Vector, ...]
 
 
 def component_size(plan: Plan, factors: tuple[Factor, ...]) -> int:
@@ -38,32 +43,42 @@ def head_size(plan: Plan) -> int:
     return sum(h.size for h in plan.heads)
 
 
-def counts(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[int, int]:
-    """(clear, secret) entries in a message of a client of `rank`."""
-    total = head_size(plan) + rank * component_size(plan, factors)
-    return (total, 0) if plan.select == "none" else (0, total)
+def segments(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[int, ...]:
+    """Entries of each segment of a message that holds `rank` components, which is a tier of the plan."""
+    size = component_size(plan, factors)
+    tiers = [t for t in plan.tiers if t <= rank]
+    return tuple((head_size(plan) if i == 0 else 0) + (b - a) * size for i, (a, b) in enumerate(pairwise([0, *tiers])))
+
+
+def counts(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(clear, secret) entries of each segment of a message that holds `rank` components."""
+    sizes = segments(plan, factors, rank)
+    return (sizes, ()) if plan.select == "none" else ((), sizes)
 
 
 def split(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Parts:
-    """Pack the heads and the given factors. Raises PlanMismatchError when the adapter is not of the plan's shape."""
-    _check(adapter, plan)
+    """Pack the heads and the shared components of the given factors.
+
+    Raises PlanMismatchError when the adapter is not of the plan's shape, or of a rank below its lowest tier.
+    """
+    rank = plan.shared(adapter.rank)
+    _check(adapter, plan, rank)
     pieces = [np.ravel(adapter.heads[h.name]) for h in plan.heads]
-    for k in range(adapter.rank):
+    for k in range(rank):
         for layer in plan.layers:
             found = adapter.layers[layer.name]
             pieces += [found.a[k] if f == "a" else found.b[:, k] for f in factors]
     packed = np.concatenate(pieces).astype(np.float64) if pieces else np.zeros(0)
-    empty = np.zeros(0)
-    return Parts(packed, empty) if plan.select == "none" else Parts(empty, packed)
+    parts = cut(packed, segments(plan, factors, rank))
+    return Parts(parts, ()) if plan.select == "none" else Parts((), parts)
 
 
-def join(parts: Parts, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
-    """`base` with its heads and the given factors replaced: the inverse of `split`.
+def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
+    """`base` with its heads and the given factors replaced by what `split` packed (all segments in a row).
 
-    Parts of a lower rank than the base's replace its first components. Raises PlanMismatchError.
+    Fewer components than the base has replace its first ones. Raises PlanMismatchError.
     """
-    _check(base, plan)
-    packed = parts.clear if plan.select == "none" else parts.secret
+    _check(base, plan, base.rank)
     size = component_size(plan, factors)
     rank = (packed.size - head_size(plan)) // size if size else 0
     if packed.size != head_size(plan) + rank * size or rank > base.rank:
@@ -85,8 +100,27 @@ def join(parts: Parts, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -
     return Adapter(layers, heads)
 
 
-def _check(adapter: Adapter, plan: Plan) -> None:
+def keep_own(base: Adapter, trained: Adapter, shared: int) -> Adapter:
+    """`base` with the components from `shared` on taken from `trained`: what no other client may have stays trained."""
+    layers = {}
+    for name, old in base.layers.items():
+        new = trained.layers[name]
+        a = np.concatenate([old.a[:shared], new.a[shared:]])
+        b = np.concatenate([old.b[:, :shared], new.b[:, shared:]], axis=1)
+        layers[name] = LoraFactors(a, b, old.scale)
+    return Adapter(layers, base.heads)
+
+
+def cut(packed: Vector, sizes: tuple[int, ...]) -> tuple[Vector, ...]:
+    """`packed` in pieces of the given sizes."""
+    ends = list(accumulate(sizes, initial=0))
+    return tuple(packed[a:b] for a, b in pairwise(ends))
+
+
+def _check(adapter: Adapter, plan: Plan, shared: int) -> None:
     rank = adapter.rank
+    if shared < 1:
+        raise PlanMismatchError(f"rank {rank} is below the plan's lowest tier, {plan.tiers[0]}")
     for layer in plan.layers:
         found = adapter.layers.get(layer.name)
         if found is None or found.a.shape != (rank, layer.n) or found.b.shape != (layer.m, rank):

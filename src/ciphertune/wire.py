@@ -11,12 +11,12 @@
       74      8   run
       82      4   round
       86      4   sender: the number the server gave the client, 0 for the server
-      90      4   rank of the sender (update) or of the receiver (aggregate)
+      90      4   rank: the components in the message, a tier of the plan
       94      8   total: samples of all clients asked this round; weights are samples / total
      102      4   number of contributors k (1 in an update)
      106   12*k   rank 4, samples 8 of each contributor
-       ?      ?   clear part: values of the plan's count
-       ?      ?   secret part: whole blocks, as many as the plan's count needs
+       ?      ?   clear part: as many values as the plan says
+       ?      ?   secret part: whole blocks, as many as each segment of the plan needs
       -32     32  SHA-256 of all that precedes (against damage; authenticity is the transport's task)
 All numbers are little-endian.
 """
@@ -145,9 +145,7 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
     if not 1 <= people <= _MAX_CONTRIBUTORS or (expected.kind == UPDATE and people != 1):
         raise FormatError(f"the message names {people} contributors")
     factors = session.plan.factors(expected.round)
-    clear_count, secret_count = counts(session.plan, factors, expected.rank)
-    clear_size = clear_count * session.clear.block_bytes
-    secret_size = blocks_for(session.public, secret_count) * session.public.block_bytes
+    clear_size, secret_size = sizes(session, factors, expected.rank)
     at = _HEAD.size + people * _CONTRIBUTOR.size
     if len(data) != at + clear_size + secret_size + _DIGEST:
         raise FormatError(f"{len(data)} bytes where {at + clear_size + secret_size + _DIGEST} are expected")
@@ -171,9 +169,16 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
     )
 
 
+def sizes(session: Session, factors: tuple[Factor, ...], rank: int) -> tuple[int, int]:
+    """Bytes of the clear and of the secret part of a message that holds `rank` components."""
+    clear, secret = counts(session.plan, factors, rank)
+    blocks = sum(blocks_for(session.public, entries) for entries in secret)
+    return sum(clear) * session.clear.block_bytes, blocks * session.public.block_bytes
+
+
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
-    """Raise FormatError unless ranks fit the plan and weights `samples / total` are positive and sum to at most 1."""
-    if not all(1 <= c.rank <= plan.max_rank and c.samples >= 1 for c in contributors):
+    """Raise FormatError unless ranks are tiers of the plan and weights are positive and sum to at most 1."""
+    if not all(c.rank in plan.tiers and c.samples >= 1 for c in contributors):
         raise FormatError("a contributor has an impossible rank or no samples")
     if sum(c.samples for c in contributors) > total:
         raise FormatError("the contributors' samples exceed the total: the sum could wrap around")

@@ -54,7 +54,7 @@ class SecretPart(Protocol):
         """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks."""
 
 
-def check_range(values: npt.NDArray[np.float64], bound: float) -> None:
+def check_range(values: npt.NDArray[np.floating], bound: float) -> None:
     """Raise RangeError unless every value is finite and at most `bound` in absolute value."""
     from ciphertune.errors import RangeError
 

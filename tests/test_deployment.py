@@ -1,0 +1,104 @@
+"""A real deployment on 127.0.0.1: a SuperLink, two SuperNodes with settings of their own, one run. Slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from tiny import SENTENCES, write_lines
+
+BIN = Path(sys.executable).parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[tuple[ExitStack, dict[str, str]]]:
+    """Processes entered here are ended by their own id."""
+    environment = os.environ | {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "CIPHERTUNE_HOME": str(tmp_path / "server"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    with ExitStack() as stack:
+        yield stack, environment
+
+
+def start(stack: ExitStack, environment: dict[str, str], log: Path, *words: str) -> subprocess.Popen[bytes]:
+    file = stack.enter_context(log.open("wb"))
+    process = subprocess.Popen(words, env=environment, cwd=log.parent, stdout=file, stderr=file)
+
+    def end() -> None:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    stack.callback(end)
+    return process
+
+
+@pytest.mark.slow
+def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
+    started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path
+) -> None:
+    stack, environment = started
+    key = tmp_path / "lab.key"
+    made = [str(BIN / "ciphertune"), "keys", "create", "--out", str(key), "--app", str(ROOT)]
+    subprocess.run(made, env=environment, check=True, capture_output=True)
+    port = free_port()
+    link = start(stack, environment, tmp_path / "superlink.log", "flower-superlink", "--insecure", "--host", "127.0.0.1",
+                 "--port", str(port))  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and link.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.3)
+    for name, rank in (("lab-a", 4), ("lab-b", 8)):
+        data = write_lines(tmp_path / f"{name}.jsonl", [{"text": t} for t in SENTENCES])
+        config = f'name="{name}" rank={rank} data-path="{data}" key-file="{key}" run-dir="{tmp_path / name}"'
+        start(stack, environment, tmp_path / f"{name}.log", "flower-supernode", "--insecure", "--superlink",
+              f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)  # fmt: skip
+    home = tmp_path / "flwr"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    overrides = [
+        "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl", "data.heldout_fraction=0.3",
+        "federation.rounds=2", "federation.min_clients=2", "federation.clients=[{rank:4},{rank:8}]",
+        "federation.compare_local=false", "training.steps=2", "training.batch_size=2", "name=two-labs",
+    ]  # fmt: skip
+    run = [str(BIN / "ciphertune"), "run", "--app", str(ROOT), "--superlink", "lab", *overrides]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    logs = "".join((tmp_path / f"{n}.log").read_text(errors="replace")[-3000:] for n in ("superlink", "lab-a", "lab-b"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "round 2/2: 2 of 2 clients" in done.stdout
+    summary = json.loads((tmp_path / "server/runs/two-labs/summary.json").read_text())
+    assert summary["status"] == "completed" and summary["encrypted_fraction"] == 1.0
+    assert {n: v["rank"] for n, v in summary["nodes"].items()} == {"lab-a": 4, "lab-b": 8}
+    for name in ("lab-a", "lab-b"):
+        assert (tmp_path / name / f"two-labs/clients/{name}/adapter/adapter_model.safetensors").is_file()
+    server = [p for p in (tmp_path / "server").rglob("*") if p.is_file()]
+    assert server and not [p for p in server if p.suffix == ".key" or "safetensors" in p.name]
+    material = key.read_bytes()[32:96]
+    assert not [p for p in server if material in p.read_bytes()]
