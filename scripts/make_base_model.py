@@ -1,6 +1,6 @@
 """Make the small base model that ships with the package, and its tokenizer, from scratch.
 
-    python scripts/make_base_model.py                 about 15 minutes on one core; into src/ciphertune/assets/base
+    python scripts/make_base_model.py                 about 10 minutes on one core; into src/ciphertune/assets/base
     python scripts/make_base_model.py --steps 100     a quick look
 
 The text is `ciphertune.lm.embedded.pretraining_text()` of the Python that runs this, and nothing else. The same Python,
@@ -181,12 +181,12 @@ def describe(folder: Path, args: argparse.Namespace, figures: dict[str, float]) 
 README = """\
 # The embedded base model
 
-A small Llama (hidden {hidden}, {layers} layers, {heads} heads, {vocabulary} tokens of byte-level BPE, {positions}
-positions, tied embeddings, {parameters:,} parameters in half precision), so that federated tuning can be tried anywhere
-without a download. It is a base to tune, not a model to rely on.
+A small Llama (hidden {hidden}, {layers} layers, {heads} heads, {vocabulary} tokens of byte-level BPE,
+{positions} positions, tied embeddings, {parameters:,} parameters in half precision), so that federated tuning can be
+tried anywhere without a download. It is a base to tune, not a model to rely on.
 
-- Text: docstrings and comments of the Python {python} standard library ({characters:,} characters), without the modules
-  and the language reference that `ciphertune.lm.embedded.tuning_topics` gives to clients. Nothing else.
+- Text: docstrings and comments of the Python {python} standard library and its tests ({characters:,} characters),
+  without the modules and the language reference that `ciphertune.lm.embedded.tuning_topics` gives to clients.
 - Made by `python scripts/make_base_model.py --steps {steps} --seed {seed} --threads {threads}` in {minutes:.0f} minutes
   on a CPU, with torch {torch}.
 - Loss in nats per token, in pieces of 128: {kept:.2f} on pretraining text kept aside, {tuning:.2f} on the held-out
