@@ -247,10 +247,10 @@ def plan_of(
     fit_rank: str = "nested",
     layers: tuple[LayerShape, ...] = SMALL_LAYERS,
     heads: tuple[HeadShape, ...] = SMALL_HEADS,
-    max_rank: int = 8,
+    tiers: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8),
 ) -> Plan:
-    """A plan of two layers of different shapes and a task head."""
-    return Plan(layers, heads, 2.0, max_rank, share, select, fit_rank)
+    """A plan of two layers of different shapes and a task head, in which every rank is a tier."""
+    return Plan(layers, heads, 2.0, tiers, share, select, fit_rank)
 
 
 def adapter_of(plan: Plan, rank: int, seed: int, dtype: type = np.float64) -> Adapter:

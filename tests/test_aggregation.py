@@ -76,14 +76,17 @@ def test_refused_updates_do_not_count_towards_the_minimum() -> None:
 
 
 @BACKENDS
-def test_released_aggregate_names_its_contributors_and_the_largest_rank(backend: str) -> None:
+def test_released_aggregate_names_its_contributors_and_ends_at_the_last_component_that_enough_have(
+    backend: str,
+) -> None:
     session, secret = parties(backend, plan_of())
-    released = sum_of(session, updates(session, secret), (2, 0, 1)).release(2)
+    released = sum_of(session, updates(session, secret), (2, 0, 1)).release(1)
     assert released.contributors == tuple(Contributor(r, n) for r, n in zip(RANKS, SAMPLES, strict=True))
     assert (released.kind, released.round, released.sender, released.rank, released.total) == (2, 0, 0, 8, TOTAL)
     assert (released.clear == b"") == (session.plan.select == "all")
-    # at the rank of those who contributed, not of the plan
-    assert sum_of(session, updates(session, secret), (0, 2)).release(2).rank == 4
+    # ranks 2, 8, 4: two have four components, all three have two; and never above those who contributed
+    assert [sum_of(session, updates(session, secret)).release(n).rank for n in (1, 2, 3)] == [8, 4, 2]
+    assert sum_of(session, updates(session, secret), (0, 2)).release(1).rank == 4
 
 
 @BACKENDS
@@ -121,7 +124,7 @@ def test_cut_is_the_sum_of_everybodys_first_components(backend: str, layers: tup
     plan = plan_of(layers=layers)
     session, secret = parties(backend, plan)
     data = updates(session, secret)
-    released = sum_of(session, data).release(2)
+    released = sum_of(session, data).release(1)
     heads, component = 21, sum(x.m for x in layers)
     bodies = [data[i][118:-32] for i in range(3)]
     for rank in (1, 2, 3, 4, 7, 8):
@@ -129,7 +132,8 @@ def test_cut_is_the_sum_of_everybodys_first_components(backend: str, layers: tup
         assert (part.rank, part.contributors, part.total) == (rank, released.contributors, TOTAL)
         values = heads + rank * component
         if backend == "encrypted":
-            length = -(-values // 2048) * 2 * 4096 * 7
+            blocks = -(-(heads + component) // 2048) + (rank - 1) * -(-component // 2048)
+            length = blocks * 2 * 4096 * 7
             assert part.secret == modular_sum([b[:length] for b in bodies], SEALED, secret.public.moduli)  # type: ignore[attr-defined]
         else:
             expected = np.zeros(values)
@@ -146,7 +150,7 @@ def test_a_lower_rank_client_gets_exactly_the_first_components_of_what_a_higher_
 ) -> None:
     plan = plan_of(layers=WIDE, select=select)
     session, secret = parties(backend, plan)
-    released = sum_of(session, updates(session, secret)).release(2)
+    released = sum_of(session, updates(session, secret)).release(1)
 
     def received(rank: int, base_rank: int) -> Adapter:
         base = blank(adapter_of(plan, base_rank, 0))
@@ -167,7 +171,7 @@ def test_a_lower_rank_client_gets_exactly_the_first_components_of_what_a_higher_
 
 def test_cut_above_the_aggregates_rank_is_the_aggregate_itself() -> None:
     session, secret = in_the_clear(plan_of())
-    released = sum_of(session, updates(session, secret), (0, 2)).release(2)
+    released = sum_of(session, updates(session, secret), (0, 2)).release(1)
     assert cut(released, session, 8) == released
     assert cut(released, session, 4) == released
     # a client of rank 8 keeps its own values where nobody contributed

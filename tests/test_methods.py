@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class Round:
         clients: Sequence[Adapter] = (),
     ) -> None:
         self.settings = compose(CONF, list(overrides))
-        self.plan = build.make_plan(self.settings, LAYERS, HEADS, max(ranks))
+        self.plan = build.make_plan(self.settings, LAYERS, HEADS, tuple(sorted(set(ranks))))
         self.samples, self.total = list(samples), sum(samples) + absent
         self.session, self.secret = self._parties()
         self.clients = list(clients) or cohort(self.plan, ranks, round_, seed=round_)
@@ -191,7 +192,10 @@ def test_what_travels_is_encrypted_whole_or_not_at_all(method: str, round_: int)
         values = 21 + client.rank * per_component
         if definition.encrypted:
             assert message.clear == b""
-            blocks = -(-values // run.session.public.slots)
+            tiers = [0, *(t for t in run.plan.tiers if t <= client.rank)]
+            segments = [(b - a) * per_component + (21 if a == 0 else 0) for a, b in pairwise(tiers)]
+            assert sum(segments) == values
+            blocks = sum(-(-s // run.session.public.slots) for s in segments)
             assert len(message.secret) == blocks * run.session.public.block_bytes
         else:
             assert message.secret == b""
@@ -334,7 +338,7 @@ def test_padding_counts_a_missing_component_as_zero_when_both_factors_are_averag
 
 
 def test_oracle_agrees_with_matrix_products_and_with_hand_made_numbers() -> None:
-    plan = build.make_plan(compose(CONF, ["method=fedavg"]), LAYERS, HEADS, 8)
+    plan = build.make_plan(compose(CONF, ["method=fedavg"]), LAYERS, HEADS, (2, 8))
     clients = [adapter_of(plan, rank, rank) for rank in (2, 8)]
     expected = 0.25 * clients[0].layers["block.q"].delta() + 0.75 * clients[1].layers["block.q"].delta()
     assert true_update(clients, (10, 30), "block.q") == pytest.approx(expected, rel=1e-12, abs=1e-14)

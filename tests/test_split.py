@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import PlanMismatchError
 from ciphertune.plan import HeadShape, LayerShape, Plan
-from ciphertune.split import Parts, component_size, counts, head_size, join, split
+from ciphertune.split import Parts, component_size, counts, head_size, join, keep_own, split
 from tests.oracle import adapter_of, blank, plan_of
 
 FACTORS = st.sampled_from([("a",), ("b",), ("a", "b")])
@@ -21,7 +21,7 @@ FACTORS = st.sampled_from([("a",), ("b",), ("a", "b")])
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     sides = st.integers(1, 6)
-    layers = draw(st.lists(st.tuples(sides, sides), max_size=3))
+    layers = draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=3))
     heads = draw(st.lists(st.lists(st.integers(1, 4), max_size=3).map(tuple), max_size=2))
     return plan_of(
         share=draw(st.sampled_from(["both", "alternate", "b_only"])),
@@ -32,9 +32,9 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def packed(parts: Parts) -> np.ndarray:
-    """The part that is not empty."""
-    assert parts.clear.size == 0 or parts.secret.size == 0
-    return parts.clear if parts.clear.size else parts.secret
+    """The part that is not empty, its segments in a row."""
+    assert parts.clear == () or parts.secret == ()
+    return np.concatenate([*parts.clear, *parts.secret])
 
 
 def assert_same(one: Adapter, two: Adapter, factors: tuple[str, ...] = ("a", "b")) -> None:
@@ -52,13 +52,11 @@ def assert_same(one: Adapter, two: Adapter, factors: tuple[str, ...] = ("a", "b"
 def test_join_of_split_is_the_adapter(plan: Plan, rank: int, factors: tuple[str, ...], seed: int) -> None:
     adapter = adapter_of(plan, rank, seed)
     parts = split(adapter, plan, factors)
-    back = join(parts, plan, factors, blank(adapter))
+    back = join(packed(parts), plan, factors, blank(adapter))
     assert_same(back, adapter, factors)
     for factor in {"a", "b"} - set(factors):  # what does not travel stays the base's
         assert all((getattr(f, factor) == 7).all() for f in back.layers.values())
-    again = split(back, plan, factors)
-    assert np.array_equal(again.clear, parts.clear)
-    assert np.array_equal(again.secret, parts.secret)
+    assert np.array_equal(packed(split(back, plan, factors)), packed(parts))
 
 
 @given(plan=plans(), rank=st.integers(1, 5), factors=FACTORS)
@@ -69,12 +67,13 @@ def test_select_decides_which_part_is_filled_and_counts_say_how_long(
     parts = split(adapter_of(plan, rank, 0), plan, factors)
     heads = sum(int(np.prod(h.shape)) for h in plan.heads)
     component = sum({"a": x.n, "b": x.m}[f] for x in plan.layers for f in factors)
-    size = heads + (rank * component if plan.layers else 0)
-    assert (parts.clear.size, parts.secret.size) == ((size, 0) if plan.select == "none" else (0, size))
+    size = heads + rank * component
+    filled, empty = (parts.clear, parts.secret) if plan.select == "none" else (parts.secret, parts.clear)
+    assert empty == () and sum(x.size for x in filled) == size
     assert (head_size(plan), component_size(plan, factors)) == (heads, component)
-    if plan.layers:
-        assert counts(plan, factors, rank) == (parts.clear.size, parts.secret.size)
-    assert parts.clear.dtype == parts.secret.dtype == np.float64
+    found = counts(plan, factors, rank)
+    assert found == (tuple(x.size for x in parts.clear), tuple(x.size for x in parts.secret))
+    assert {x.dtype for x in filled} == {np.dtype(np.float64)}
 
 
 @given(plan=plans(), low=st.integers(1, 4), more=st.integers(0, 4), factors=FACTORS)
@@ -87,7 +86,7 @@ def test_a_lower_ranks_vector_is_a_prefix_of_a_higher_ranks(
     short, long = packed(split(cut, plan, factors)), packed(split(high, plan, factors))
     assert np.array_equal(short, long[: short.size])
     # and the short one replaces the first components of a base of higher rank, no others
-    back = join(split(cut, plan, factors), plan, factors, blank(high))
+    back = join(short, plan, factors, blank(high))
     for name, layer in back.layers.items():
         for factor in factors:
             found = layer.a if factor == "a" else layer.b.T
@@ -98,22 +97,22 @@ def test_a_lower_ranks_vector_is_a_prefix_of_a_higher_ranks(
 
 def test_order_is_heads_then_component_by_component_over_all_layers() -> None:
     plan = plan_of(
-        layers=(LayerShape("one", 2, 3), LayerShape("two", 1, 2)), heads=(HeadShape("head", (2, 2)),), max_rank=2
+        layers=(LayerShape("one", 2, 3), LayerShape("two", 1, 2)), heads=(HeadShape("head", (2, 2)),), tiers=(2,)
     )
     one = LoraFactors(np.array([[1.0, 2, 3], [4, 5, 6]]), np.array([[10.0, 20], [30, 40]]), 2.0)
     two = LoraFactors(np.array([[7.0, 8], [9, 10]]), np.array([[50.0, 60]]), 2.0)
     adapter = Adapter({"two": two, "one": one}, {"head": np.array([[-1.0, -2], [-3, -4]])})
     head = [-1, -2, -3, -4]
-    assert split(adapter, plan, ("a",)).secret.tolist() == [*head, 1, 2, 3, 7, 8, 4, 5, 6, 9, 10]
-    assert split(adapter, plan, ("b",)).secret.tolist() == [*head, 10, 30, 50, 20, 40, 60]
+    assert packed(split(adapter, plan, ("a",))).tolist() == [*head, 1, 2, 3, 7, 8, 4, 5, 6, 9, 10]
+    assert packed(split(adapter, plan, ("b",))).tolist() == [*head, 10, 30, 50, 20, 40, 60]
     both = [*head, 1, 2, 3, 10, 30, 7, 8, 50, 4, 5, 6, 20, 40, 9, 10, 60]
-    assert split(adapter, plan, ("a", "b")).secret.tolist() == both
+    assert packed(split(adapter, plan, ("a", "b"))).tolist() == both
 
 
 def test_precision_of_the_base_is_kept_and_the_base_is_not_written_to() -> None:
     plan = plan_of()
     adapter, base = adapter_of(plan, 4, 0, np.float32), blank(adapter_of(plan, 4, 0), np.float32)
-    back = join(split(adapter, plan, ("a", "b")), plan, ("a", "b"), base)
+    back = join(packed(split(adapter, plan, ("a", "b"))), plan, ("a", "b"), base)
     assert_same(back, adapter)
     assert {x.dtype for f in back.layers.values() for x in (f.a, f.b)} == {np.dtype(np.float32)}
     assert {h.dtype for h in back.heads.values()} == {np.dtype(np.float32)}
@@ -128,9 +127,9 @@ def test_changing_the_adapter_after_split_does_not_change_what_is_sent() -> None
     plan = plan_of(heads=(), layers=(LayerShape("only", 3, 4),))
     adapter = adapter_of(plan, 1, 0)
     parts = split(adapter, plan, ("a",))
-    kept = parts.secret.copy()
+    kept = packed(parts).copy()
     adapter.layers["only"].a[...] = 0
-    assert np.array_equal(parts.secret, kept)
+    assert np.array_equal(packed(parts), kept) and kept.any()
 
 
 def wrong_adapters() -> dict[str, Adapter]:
@@ -156,7 +155,7 @@ def wrong_adapters() -> dict[str, Adapter]:
 @pytest.mark.parametrize("name", wrong_adapters())
 def test_adapter_of_another_shape_than_the_plan_is_refused(name: str) -> None:
     plan, wrong = plan_of(), wrong_adapters()[name]
-    good = split(adapter_of(plan, 4, 0), plan, ("b",))
+    good = packed(split(adapter_of(plan, 4, 0), plan, ("b",)))
     with pytest.raises(PlanMismatchError):
         split(wrong, plan, ("b",))
     with pytest.raises(PlanMismatchError):
@@ -167,21 +166,52 @@ def test_adapter_of_another_shape_than_the_plan_is_refused(name: str) -> None:
 def test_vector_that_is_no_whole_number_of_components_is_refused(change: int) -> None:
     plan = plan_of()
     base = adapter_of(plan, 4, 0)
-    values = np.zeros(split(base, plan, ("b",)).secret.size + change)
+    values = np.zeros(packed(split(base, plan, ("b",))).size + change)
     with pytest.raises(PlanMismatchError, match="do not fit an adapter of rank 4"):
-        join(Parts(np.zeros(0), values), plan, ("b",), base)
+        join(values, plan, ("b",), base)
 
 
 def test_vector_of_a_higher_rank_than_the_base_is_refused() -> None:
     plan = plan_of()
-    parts = split(adapter_of(plan, 5, 0), plan, ("b",))
+    values = packed(split(adapter_of(plan, 5, 0), plan, ("b",)))
     with pytest.raises(PlanMismatchError, match="do not fit an adapter of rank 4"):
-        join(parts, plan, ("b",), adapter_of(plan, 4, 0))
+        join(values, plan, ("b",), adapter_of(plan, 4, 0))
 
 
 def test_vector_without_its_heads_is_refused() -> None:
     plan = plan_of()
     base = adapter_of(plan, 4, 0)
     with pytest.raises(PlanMismatchError):
-        join(Parts(np.zeros(0), np.zeros(0)), plan, ("b",), base)
-    join(Parts(np.zeros(0), np.zeros(0)), replace(plan, heads=()), ("b",), Adapter(base.layers, {}))
+        join(np.zeros(0), plan, ("b",), base)
+    join(np.zeros(0), replace(plan, heads=()), ("b",), Adapter(base.layers, {}))
+
+
+@given(plan=plans(), tiers=st.lists(st.integers(1, 6), min_size=1, unique=True).map(sorted), rank=st.integers(1, 8))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_segments_end_at_tiers_and_what_lies_above_the_last_one_reached_does_not_travel(
+    plan: Plan, tiers: list[int], rank: int
+) -> None:
+    plan = replace(plan, tiers=tuple(tiers))
+    adapter = adapter_of(plan, rank, 0)
+    reached = [t for t in tiers if t <= rank]
+    if not reached:
+        with pytest.raises(PlanMismatchError, match="below the plan's lowest tier"):
+            split(adapter, plan, ("b",))
+        return
+    parts = split(adapter, plan, ("b",))
+    found = parts.clear or parts.secret
+    component = sum(x.m for x in plan.layers)
+    ends = [sum(x.size for x in found[: i + 1]) - head_size(plan) for i in range(len(found))]
+    assert ends == [t * component for t in reached]
+    assert plan.shared(rank) == reached[-1]
+
+
+def test_what_a_client_has_alone_is_taken_from_its_own_training_and_the_rest_from_the_base() -> None:
+    plan = plan_of()
+    base, trained = adapter_of(plan, 4, 0), adapter_of(plan, 4, 1)
+    kept = keep_own(base, trained, 3)
+    for name, factors in kept.layers.items():
+        old, new = base.layers[name], trained.layers[name]
+        assert np.array_equal(factors.a, np.vstack([old.a[:3], new.a[3:]]))
+        assert np.array_equal(factors.b, np.hstack([old.b[:, :3], new.b[:, 3:]]))
+    assert_same(keep_own(base, trained, 4), base)

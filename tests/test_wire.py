@@ -66,7 +66,7 @@ def update(session: Session, secret: SecretPart, **changes: int) -> bytes:
 
 def aggregate(session: Session, secret: SecretPart, round_: int = ROUND) -> bytes:
     total = SeparateSum(session, round_, TOTAL)
-    for sender, rank in ((1, 8), (2, RANK)):
+    for sender, rank in ((1, 8), (2, 8)):
         data = update(session, secret, sender=sender, rank=rank, seed=sender, round_=round_)
         total.add(data, sender=sender, who=Contributor(rank, SAMPLES))
     return wire.encode(total.release(2), session)
@@ -81,7 +81,9 @@ def test_message_has_the_documented_layout(backend: str) -> None:
     data = update(session, secret)
     heads, component = 3 + 18, 7 + 4  # round 2 is even: B travels, whose columns have m entries
     values = heads + RANK * component
-    size = 8 * values if backend == "clear" else math.ceil(values / 2048) * 2 * 4096 * 7
+    # every rank is a tier of this plan, so each component is a segment of its own, the first one with the heads
+    blocks = math.ceil((heads + component) / 2048) + (RANK - 1) * math.ceil(component / 2048)
+    size = 8 * values if backend == "clear" else blocks * 2 * 4096 * 7
     assert len(data) == HEADER.size + 12 + size + 32
     assert {name: read(data, name) for name in OFFSETS} == {
         "magic": b"CTUNE\0\0\1",
@@ -118,7 +120,7 @@ def test_the_factors_of_a_message_follow_from_the_plan_and_the_round(share: str,
     ),
     spare=st.integers(0, 2**40),
     round_=st.integers(0, 2**32 - 1),
-    rank=st.integers(0, 8),
+    rank=st.integers(1, 8),
     content=st.randoms(use_true_random=False),
 )
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -191,7 +193,7 @@ def test_tampered_field_is_refused_by_its_own_error(
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"plan": plan_of(max_rank=9)}, PlanMismatchError),
+        ({"plan": plan_of(tiers=(2, 4, 8))}, PlanMismatchError),
         ({"plan": plan_of(fit_rank="pad")}, PlanMismatchError),
         ({"settings_digest": b"x" * 16}, SettingsMismatchError),
         ({"key_fingerprint": b"x" * 16}, KeyMismatchError),

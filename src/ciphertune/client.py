@@ -56,7 +56,7 @@ def task(values: dict[str, Any]) -> Task:
         numbers = {k: int(values[k]) for k in ("round", "sender", "total", "base", "rounds")}
         tiers = tuple(int(t) for t in values["tiers"])
         return Task(tiers=tiers, aggregates=tuple((int(r), int(k)) for r, k in values["aggregates"]), **numbers)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError("the server's task is not readable") from error
 
 

@@ -61,10 +61,10 @@ def unseal(
     """
     message = wire.decode(data, session, wire.Expected(wire.AGGREGATE, round_, 0, rank))
     packed = np.concatenate([parse(message.clear, session.clear.dtype), *_decrypted(message, session, secret)])
-    if packed.size and not np.abs(packed).max() <= 2 * session.bound:
-        # an undetected wrong key or a wrapped sum shows as absurd numbers, never as an exception
-        raise RangeError(f"the aggregate of round {round_} holds values above crypto.bound={session.bound:g}")
     mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
+    if mean.size and not np.abs(mean).max() <= 2 * session.bound:
+        # an undetected wrong key, a wrapped sum or a forged total shows as absurd numbers, never as an exception
+        raise RangeError(f"the mean of round {round_} holds values above crypto.bound={session.bound:g}")
     return join(mean, session.plan, message.factors, base), message
 
 

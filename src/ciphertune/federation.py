@@ -73,7 +73,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             heads=tuple(HeadShape(str(n), tuple(int(d) for d in s)) for n, s in values["heads"]),
         )
         Plan.from_json(Plan(hello.layers, hello.heads, 1.0, (hello.rank,), "both", "none", "pad").to_json())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError("the client's greeting is not readable") from error
     digests = (hello.parameters, hello.settings, hello.code, hello.initial)
     if not _NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):

@@ -88,7 +88,7 @@ class Plan:
                 tiers=tuple(map(int, raw.pop("tiers"))),
                 **{k: str(raw[k]) for k in ("share", "select", "fit_rank")},
             )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise FormatError("the plan is not readable") from error
         sizes = [d for x in plan.layers for d in (x.m, x.n)] + [d for h in plan.heads for d in h.shape]
         if (

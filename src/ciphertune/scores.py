@@ -28,7 +28,7 @@ def score_of(report: Mapping[str, Any]) -> Score:
     try:
         metrics = {str(k)[:40]: float(v) for k, v in dict(report["metrics"]).items()}
         score = Score(float(report["loss"]), metrics, int(report["heldout"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError("the client's report is not readable") from error
     if not math.isfinite(score.loss) or score.heldout < 1 or len(metrics) > 20:
         raise FormatError(f"the client reports an impossible score (loss {score.loss})")

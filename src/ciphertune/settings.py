@@ -112,7 +112,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_batch_size: int = 32
-    threads: int = 0  # CPU threads, 0 = torch's own choice
+    threads: int = 0  # CPU threads; 0: one for a small model, else torch's own choice
 
 
 @dataclass(frozen=True)

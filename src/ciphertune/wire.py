@@ -142,6 +142,8 @@ def decode(data: bytes, session: Session, expected: Expected) -> Message:
 
 
 def _decode_body(data: bytes, session: Session, expected: Expected, people: int, total: int) -> Message:
+    if expected.rank not in session.plan.tiers:
+        raise FormatError(f"rank {expected.rank} is no tier of the plan: {', '.join(map(str, session.plan.tiers))}")
     if not 1 <= people <= _MAX_CONTRIBUTORS or (expected.kind == UPDATE and people != 1):
         raise FormatError(f"the message names {people} contributors")
     factors = session.plan.factors(expected.round)

@@ -12,6 +12,9 @@ from torch.nn.functional import cross_entropy
 from ciphertune.lm.base import pad_id
 from ciphertune.lm.formats import IGNORED, Encoded
 from ciphertune.lm.model import LoraModel
+from ciphertune.settings import TrainingSettings
+
+_SMALL = 10_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -74,3 +77,10 @@ def _autocast(model: LoraModel) -> AbstractContextManager[object]:
     if model.autocast is None:
         return nullcontext()
     return torch.autocast(model.device.type, dtype=model.autocast)
+
+
+def use_threads(model: LoraModel, settings: TrainingSettings) -> None:
+    """Set the CPU threads. Below some ten million parameters a second thread costs more in waiting than it gives."""
+    small = sum(p.numel() for p in model.model.parameters()) < _SMALL
+    if settings.threads > 0 or small:
+        torch.set_num_threads(settings.threads or 1)

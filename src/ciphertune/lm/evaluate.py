@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ciphertune.errors import DataError
-from ciphertune.lm.batches import collate, loss_sum
+from ciphertune.lm.batches import collate, loss_sum, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
 from ciphertune.settings import TrainingSettings
@@ -35,8 +35,7 @@ def evaluate(model: LoraModel, data: Sequence[Encoded], settings: TrainingSettin
     """
     if not data:
         raise DataError("there is no held-out example: check data.heldout_path and data.heldout_fraction")
-    if settings.threads > 0:
-        torch.set_num_threads(settings.threads)
+    use_threads(model, settings)
     order = sorted(range(len(data)), key=lambda i: -len(data[i].input_ids))  # like with like: little padding
     total, targets = 0.0, 0
     predicted = np.zeros(len(data), dtype=np.int64)

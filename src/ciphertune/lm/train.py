@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ciphertune.errors import DataError, ModelError
-from ciphertune.lm.batches import collate, count_targets, loss_sum
+from ciphertune.lm.batches import collate, count_targets, loss_sum, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
 from ciphertune.settings import TrainingSettings
@@ -50,8 +50,7 @@ def train(
     """
     if not data:
         raise DataError("there is no training example: check the data settings of this client")
-    if settings.threads > 0:
-        torch.set_num_threads(settings.threads)
+    use_threads(model, settings)
     started = time.perf_counter()
     model.freeze(model.frozen)  # PEFT's disable_adapter() leaves every factor trainable
     parameters = model.trainable()
