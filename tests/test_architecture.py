@@ -56,7 +56,7 @@ def test_no_file_is_longer_than_300_lines_and_none_unpickles(path: Path) -> None
 
 
 def _server_modules() -> dict[str, list[str]]:
-    """What importing the server, building its public parts for every backend, and adding, loads: module -> its names."""
+    """What the server loads once it has the public parts of every backend: module -> its names."""
     code = """
 import json, sys
 import server_app.app, server_app.strategy
@@ -64,7 +64,8 @@ from ciphertune.build import public_part
 from ciphertune.settings import CryptoSettings
 for backend in ("clear", "ckks"):
     public_part(CryptoSettings(backend=backend)).aggregator()
-print(json.dumps({n: sorted(vars(m)) for n, m in sys.modules.items() if n.split('.')[0] in ('ciphertune', 'server_app')}))
+ours = {n: m for n, m in sys.modules.items() if n.split('.')[0] in ('ciphertune', 'server_app')}
+print(json.dumps({n: sorted(vars(m)) for n, m in ours.items()}))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
@@ -112,7 +113,8 @@ def test_the_apps_import_nothing_heavy_before_a_message_needs_it() -> None:
 def test_flowers_dependency_installation_finds_nothing_to_install() -> None:
     """Flower runs `uv sync` on the bundle; what is not excluded would be downloaded at every run."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = [*project["project"]["dependencies"], *sum(project["project"]["optional-dependencies"].values(), [])]
+    extras = project["project"]["optional-dependencies"].values()
+    wanted = [*project["project"]["dependencies"], *(x for extra in extras for x in extra)]
     names = {re.split(r"[\[<>=~! ]", x)[0].lower() for x in wanted} - {"ciphertune"}
     assert names == set(project["tool"]["uv"]["exclude-dependencies"])
 

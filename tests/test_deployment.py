@@ -64,8 +64,8 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     made = [str(BIN / "ciphertune"), "keys", "create", "--out", str(key), "--app", str(ROOT)]
     subprocess.run(made, env=environment, check=True, capture_output=True)
     port = free_port()
-    link = start(stack, environment, tmp_path / "superlink.log", "flower-superlink", "--insecure", "--host", "127.0.0.1",
-                 "--port", str(port))  # fmt: skip
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    link = start(stack, environment, tmp_path / "superlink.log", "flower-superlink", "--insecure", *address)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and link.poll() is None:
         try:

@@ -138,7 +138,7 @@ def _adapter(rank: int, value: float) -> Adapter:
 
 
 def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_component() -> None:
-    """Rounds 0..4 alternate B and A; rank 8 took part only in rounds 0 and 1. Who comes back must end like who stayed."""
+    """Rounds alternate B and A; rank 8 took part in rounds 0 and 1 only. Who returns must end like who stayed."""
     federation = settled(hello("low", 2), hello("high", 8), hello("stayed", 8))
     assert federation.session is not None
     session, secret = federation.session, ClearSecret(ClearPublic("float64"), 1e9)

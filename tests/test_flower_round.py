@@ -215,7 +215,7 @@ def test_a_round_with_fewer_than_the_minimum_of_updates_fails_the_run_in_plain_w
             reply.content["payload"] = ArrayRecord()
         return reply
 
-    with pytest.raises(Exception, match="fewer than federation.min_contributors"):
+    with pytest.raises(Exception, match=r"fewer than federation\.min_contributors"):
         lab("method=sealed", tamper=tamper)
     (run,) = lab.runs.iterdir()
     assert summary(run)["status"] == "failed" and "min_contributors" in summary(run)["reason"]

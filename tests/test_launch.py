@@ -1,4 +1,4 @@
-"""The two doors: `ciphertune run` and `flwr run .`, with real Flower processes on 127.0.0.1 (slow), and their mistakes."""
+"""The two doors, `ciphertune run` and `flwr run .`: real Flower processes on 127.0.0.1 (slow), and mistakes."""
 
 from __future__ import annotations
 
