@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 CONF = Path(__file__).parents[1] / "conf"
-Step = Callable[[Any, dict[str, Any], list[bytes]], tuple[dict[str, Any], list[bytes]]]
 
 app = ClientApp()
 
 
-def answer(message: Message, context: Context, step: Step) -> Message:
-    """Open the client this message is for, take the step, reply. Errors become one line, never a crash of the run."""
+def answer(message: Message, context: Context, what: str) -> Message:
+    """Open the client this message is for, do what it asks, reply. Errors become one line, never a crash of the run."""
     simulated = is_simulated(context.node_config)
     name = f"node {context.node_id}"
     try:
@@ -43,17 +41,18 @@ def answer(message: Message, context: Context, step: Step) -> Message:
         )
         name = node.name
         _same_as_server(values, settings)
-        from ciphertune.client import open_client  # torch and transformers only once they are needed
+        from ciphertune import client  # torch and transformers only once they are needed
 
-        return flower.reply(message, *step(open_client(settings, node, context.run_id), values, payload))
+        report, update = client.handle(what, client.open_client(settings, node, context.run_id), values, payload)
+        return flower.reply(message, report, update)
     except CiphertuneError as error:
         if not simulated:  # there the server shows it
             print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
-        return flower.failure(message, error, show=simulated)
+        return flower.failure(message, error, name, show=simulated)
     except Exception as error:  # a defect of ours: the trace stays here, the run goes on without this client
         logging.getLogger("ciphertune").error("%s", traceback.format_exc())
         print(f"{MARK} {name}: unexpected {type(error).__name__}; the trace is in this node's log", flush=True)
-        return flower.failure(message, error, show=simulated)
+        return flower.failure(message, error, name, show=simulated)
 
 
 def _same_as_server(values: dict[str, Any], settings: Settings) -> None:
@@ -69,34 +68,22 @@ def _same_as_server(values: dict[str, Any], settings: Settings) -> None:
 @app.query("join")
 def join(message: Message, context: Context) -> Message:
     """Say who this is, what it can do and what it starts from."""
-    from ciphertune import client
-
-    return answer(message, context, lambda c, values, payload: (client.join(c), []))
+    return answer(message, context, "join")
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: take the last means, evaluate, train, seal."""
-    from ciphertune import client
-
-    def step(c: Any, values: dict[str, Any], payload: list[bytes]) -> tuple[dict[str, Any], list[bytes]]:
-        update, report = client.train_round(c, client.task(values), payload)
-        return report, [update]
-
-    return answer(message, context, step)
+    return answer(message, context, "train")
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """The end: take the last mean, evaluate, save the adapter."""
-    from ciphertune import client
-
-    return answer(message, context, lambda c, values, payload: (client.finish(c, client.task(values), payload), []))
+    return answer(message, context, "evaluate")
 
 
 @app.train("alone")
 def alone(message: Message, context: Context) -> Message:
     """Train without the others, for comparison."""
-    from ciphertune import client
-
-    return answer(message, context, lambda c, values, payload: (client.alone(c, client.task(values).rounds), []))
+    return answer(message, context, "alone")

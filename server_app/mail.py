@@ -17,8 +17,8 @@ _POLL = 0.2  # seconds between two looks for replies
 
 
 def say(text: str) -> None:
-    """One line for people."""
-    print(f"{MARK} {text}", flush=True)
+    """One line for people. Text from the wire may be in it, so nothing in it can move the cursor or start a line."""
+    print(f"{MARK} {''.join(c if c.isprintable() else '?' for c in text)}", flush=True)
 
 
 def exchange(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterator[tuple[int, Message]]:
@@ -26,10 +26,9 @@ def exchange(grid: Grid, messages: Sequence[Message], timeout: float) -> Iterato
     waiting = {message_id: i for i, message_id in enumerate(grid.push_messages(messages))}
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
-        for reply in grid.pull_messages(list(waiting)):
-            index = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if index is not None:  # else a reply that nobody asked for
-                yield index, reply
+        for message_id in list(waiting):  # one by one: a reply may be large
+            for reply in grid.pull_messages([message_id]):
+                yield waiting.pop(message_id), reply
         if waiting:
             time.sleep(_POLL)
     if waiting:

@@ -19,7 +19,7 @@ from ciphertune.exchange import seal, unseal
 from ciphertune.federation import Federation, Hello, parse_hello
 from ciphertune.plan import LayerShape, Plan
 from ciphertune.ranks import Contributor
-from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings
+from ciphertune.settings import CryptoSettings, FederationSettings, Settings
 from ciphertune.versions import code_digest
 from ciphertune.wire import Session, encode
 
@@ -36,6 +36,7 @@ def hello(name: str, rank: int = 2, **changes: Any) -> Hello:
         name=name,
         rank=rank,
         samples=10,
+        heldout=5,
         simulated=False,
         key=bytes(16),
         parameters=ClearPublic("float64").digest().hex(),
@@ -82,7 +83,7 @@ def test_two_sides_of_equal_size_cannot_be_settled() -> None:
 def test_a_late_client_that_does_not_fit_is_refused(changes: dict[str, Any], error: type[Exception]) -> None:
     federation = settled(hello("a"), hello("b"))
     with pytest.raises(error):
-        federation.admit(hello("late", **changes) if "name" not in changes else hello("a"))
+        federation.admit(hello("late", **changes) if "name" not in changes else hello("a"), [1])
     assert len(federation.members) == 2
 
 
@@ -95,6 +96,9 @@ def test_a_late_client_that_does_not_fit_is_refused(changes: dict[str, Any], err
         {"rank": 10**9},
         {"samples": 0},
         {"samples": "many"},
+        {"samples": float("inf")},
+        {"samples": 10**12},
+        {"heldout": 0},
         {"key": "zz"},
         {"key": "00"},
         {"initial": "<script>"},
@@ -109,6 +113,7 @@ def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
         "name": "a",
         "rank": 2,
         "samples": 3,
+        "heldout": 3,
         "simulated": False,
         "key": "00" * 16,
         "parameters": "00" * 16,
@@ -179,23 +184,32 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
     assert states["high"].layers["one"].a[:, 0].tolist() == [4.0, 4.0] + [2.0] * 6
 
 
-def test_tiers_are_the_ranks_that_enough_clients_reach_here_or_by_the_settings() -> None:
-    def tiers(present: list[int], foreseen: list[int], enough: int) -> tuple[int, ...]:
-        clients = tuple(ClientSettings(rank=r) for r in foreseen)
+def test_tiers_are_the_ranks_that_enough_clients_reach() -> None:
+    def tiers(present: list[int], enough: int) -> tuple[int, ...]:
         federation = Federation(SETTINGS, 3)
         federation.settings = replace(
-            SETTINGS, federation=FederationSettings(min_clients=enough, min_contributors=enough, clients=clients)
+            SETTINGS, federation=FederationSettings(min_clients=enough, min_contributors=enough)
         )
         agreed = [hello(f"c{k}", r, settings=federation.settings.digest().hex()) for k, r in enumerate(present)]
         federation.settle(agreed)
         assert federation.session is not None
         return federation.session.plan.tiers
 
-    assert tiers([2, 4, 8, 8], [2], 2) == (2, 4, 8)
-    assert tiers([4, 8, 8, 16], [4], 2) == (4, 8)
-    assert tiers([4, 8, 8, 16], [4], 3) == (4, 8)
-    assert tiers([4, 8, 8, 16], [4, 16, 16], 2) == (4, 8, 16)
-    assert tiers([4, 8], [4], 2) == (4,)
+    assert tiers([2, 4, 8, 8], 2) == (2, 4, 8)
+    assert tiers([4, 8, 8, 16], 2) == (4, 8)
+    assert tiers([4, 8, 8, 16], 4) == (4,)
+    assert tiers([8, 4, 4], 2) == (4,)
+    with pytest.raises(FederationError, match=r"fewer than federation\.min_contributors=3"):
+        tiers([4, 8], 3)
+
+
+def test_a_client_on_a_node_that_was_started_anew_is_taken_back_and_sent_everything() -> None:
+    federation = settled(hello("a"), hello("b", node_id=7))
+    federation.members[1].have = 5
+    with pytest.raises(FormatError, match="another node is called b already"):
+        federation.admit(hello("b", node_id=9), [1, 7, 9])
+    member = federation.admit(hello("b", node_id=9), [1, 9])
+    assert (member.number, member.have, member.hello.node_id) == (2, -1, 9) and len(federation.members) == 2
 
 
 @pytest.mark.parametrize("select", ["none", "all"])

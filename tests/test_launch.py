@@ -90,6 +90,37 @@ def test_ciphertune_run_exits_1_and_says_why_when_the_run_fails(tmp_path: Path) 
     assert "ended as finished:failed" in done.stderr and "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_ending_ciphertune_run_ends_every_process_it_started(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ciphertune.cli", "run", "--runs-dir", str(tmp_path), "name=cut", *SMALL]
+    environment = os.environ | {"CIPHERTUNE_TEST_MARK": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "client-0" in line:
+            break
+    assert len(_marked(str(tmp_path))) > 3
+    process.send_signal(how)
+    assert process.wait(60) == 130
+    deadline = time.monotonic() + 60
+    while (left := _marked(str(tmp_path))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left == []
+
+
+def _marked(mark: str) -> list[str]:
+    """Processes that inherited the mark of a test in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"CIPHERTUNE_TEST_MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text().replace("\0", " ")[:100])
+        except OSError:
+            continue
+    return found
+
+
 @pytest.fixture
 def flower_home(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Flower's own local SuperLink, on ports and in a folder of this test, ended by its process id."""

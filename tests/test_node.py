@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from ciphertune.errors import SettingsError
 from ciphertune.node import node_settings, run_folder
-from ciphertune.settings import ClientSettings, FederationSettings, Settings
+from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings
 
 SETTINGS = Settings(
     federation=FederationSettings(clients=(ClientSettings(rank=2), ClientSettings(rank=4, budget=0.5))),
@@ -47,6 +48,7 @@ def test_a_real_node_cannot_be_told_by_the_server_to_play_another_client() -> No
     [
         ({"rnak": 4}, "unknown node setting rnak"),
         ({"name": "lab-a"}, "no key file"),
+        ({"partition-id": 0, "num-partitions": 2, "rank": 4}, "no key file"),
         ({"name": "../etc", "key-file": "/k"}, r"name='../etc'"),
         ({"name": "a", "key-file": "/k", "rank": 0}, "rank=0"),
         ({"name": "a", "key-file": "/k", "rank": 2.5}, "rank=2.5"),
@@ -68,3 +70,14 @@ def test_all_parties_derive_the_same_run_folder_name() -> None:
 def test_a_relative_folder_is_under_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CIPHERTUNE_HOME", "/somewhere")
     assert run_folder(Settings(name="mine"), 7) == Path("/somewhere/runs/mine")
+
+
+@pytest.mark.parametrize("method", [{"select": "none", "name": "fedavg"}, {}], ids=["fedavg", "sealed"])
+def test_a_real_node_refuses_to_send_in_the_clear_unless_it_was_started_to(method: dict[str, str]) -> None:
+    """Settings come with the run, so a server or submitter could ask for it: the node's own setting decides."""
+    clear = replace(SETTINGS, method=replace(SETTINGS.method, **method), crypto=CryptoSettings(backend="clear"))
+    config = {"name": "lab-a", "key-file": "/k"}
+    for refused in (config, {**config, "allow-clear": False}, {**config, "allow-clear": "yes"}):
+        with pytest.raises(SettingsError, match="in the clear: it refuses unless"):
+            node_settings(clear, refused, 7, node_id=99)
+    assert not node_settings(clear, {**config, "allow-clear": True}, 7, node_id=99).simulated

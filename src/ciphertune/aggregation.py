@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import FederationError, RoundMismatchError
+from ciphertune.errors import FederationError, FormatError, RoundMismatchError
 from ciphertune.ranks import Contributor
 
 
@@ -32,7 +34,9 @@ class SeparateSum:
         wire.check_contributors((*self._contributors.values(), who), self._total, self._session.plan)
         expected = wire.Expected(wire.UPDATE, self._round, sender, who.rank, self._total, who.samples)
         message = wire.decode(data, self._session, expected)
-        parse(message.clear, self._session.clear.dtype)  # both parts are good before either is added
+        clear = parse(message.clear, self._session.clear.dtype)  # both parts are good before either is added
+        if clear.size and float(np.abs(clear).max()) > self._session.bound:
+            raise FormatError(f"the clear part holds values above crypto.bound={self._session.bound:g}")
         self._secret.add(message.secret)
         self._clear.add(message.clear)
         self._contributors[sender] = who

@@ -26,7 +26,7 @@ def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
         return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
     from ciphertune.crypto.ckks_secret import CkksSecret
 
-    if node.simulated:
+    if node.simulated and not node.own_key:
         key = keys.load_or_create(node.key_file, lambda: generate_key(crypto))
     else:
         key = keys.load(node.key_file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from ciphertune.errors import CiphertuneError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done; 1: the run failed; 2: a mistake in what was asked, with one line saying which."""
     options = parser().parse_args(arguments)
+    for one in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended
+        signal.signal(one, _interrupt)
     try:
         status: int = options.action(options)
         return status
@@ -22,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ciphertune: interrupted", file=sys.stderr)
         return 130
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def parser() -> argparse.ArgumentParser:

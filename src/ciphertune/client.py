@@ -1,7 +1,8 @@
 """One client of one run. Flower starts a new process per message, so everything it knows lies in files of its node.
 
 <run>/clients/<node>/state/adapter.safetensors     the last mean it was given, with the round it came from
-<run>/clients/<node>/state/optimizer.safetensors   AdamW's moments
+<run>/clients/<node>/state/optimizer-*.safetensors AdamW's moments
+<run>/clients/<node>/state/data.safetensors        its examples, encoded
 <run>/clients/<node>/adapter/                      the finished adapter, a PEFT folder
 """
 
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ciphertune import exchange
+from ciphertune import exchange, wire
 from ciphertune.adapter import Adapter
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.errors import FormatError, PlanMismatchError, SettingsError
+from ciphertune.lm import cache as lm_cache
 from ciphertune.lm import data as lm_data
 from ciphertune.lm import evaluate as lm_evaluate
 from ciphertune.lm import model as lm_model
@@ -55,9 +57,14 @@ def task(values: dict[str, Any]) -> Task:
     try:
         numbers = {k: int(values[k]) for k in ("round", "sender", "total", "base", "rounds")}
         tiers = tuple(int(t) for t in values["tiers"])
-        return Task(tiers=tiers, aggregates=tuple((int(r), int(k)) for r, k in values["aggregates"]), **numbers)
+        aggregates = tuple((int(r), int(k)) for r, k in values["aggregates"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError("the server's task is not readable") from error
+    found = Task(tiers=tiers, aggregates=aggregates, **numbers)
+    counted = (found.round, found.sender, found.rounds, *(x for pair in aggregates for x in pair))
+    if not all(0 <= n < 2**32 for n in counted) or not 0 <= found.total < 2**63:
+        raise FormatError("the server's task holds impossible numbers")
+    return found
 
 
 @dataclass
@@ -89,19 +96,26 @@ def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
     """Key, then data, then model: the cheap mistakes are found first. Raises CiphertuneError."""
     start = time.perf_counter()
     secret = secret_part(settings.crypto, node)
-    tokenizer = lm_model.load_tokenizer(settings.model)
-    data = lm_data.load_client_data(
-        settings.data,
-        settings.model,
-        tokenizer,
-        client=_part(settings, node),
-        clients=node.clients,
-        path=node.data_path,
-    )
+    data = _data(settings, node, run)
     model = lm_model.load(
         settings.model, rank=node.rank, labels=settings.data.labels, device=node.device, seed=settings.seed
     )
     return Client(settings, node, run, model, data, secret, {"load": time.perf_counter() - start})
+
+
+def _data(settings: Settings, node: NodeSettings, run: int) -> lm_data.ClientData:
+    """The examples as they were when this node joined: its weight must not change while the run goes on."""
+    node.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = node.folder / "state" / "data.safetensors"
+    data = lm_cache.load_data(path, run=run)
+    if data is None:
+        tokenizer = lm_model.load_tokenizer(settings.model)
+        part = _part(settings, node)
+        data = lm_data.load_client_data(
+            settings.data, settings.model, tokenizer, client=part, clients=node.clients, path=node.data_path
+        )
+        lm_cache.save_data(path, data, run=run)
+    return data
 
 
 def _part(settings: Settings, node: NodeSettings) -> int:
@@ -111,9 +125,22 @@ def _part(settings: Settings, node: NodeSettings) -> int:
     if node.index < 0 and not own_file:
         raise SettingsError(
             "this node does not say which part of the data is its own: start it with --node-config "
-            f"'partition-id=K num-partitions={node.clients}', K from 0 to {node.clients - 1}, or with its own data-path"
+            f"'name=\"NAME\" partition-id=K num-partitions={node.clients}' (K from 0 to {node.clients - 1}), "
+            "or with its own data-path"
         )
     return max(0, node.index)
+
+
+def handle(
+    what: str, client: Client, values: dict[str, Any], received: Sequence[bytes]
+) -> tuple[dict[str, Any], list[bytes]]:
+    """Answer one message: join | train | evaluate | alone. Returns the report and what travels."""
+    if what == "join":
+        return join(client), []
+    if what == "train":
+        update, report = train_round(client, task(values), received)
+        return report, [update]
+    return (finish(client, task(values), received) if what == "evaluate" else alone(client, task(values).rounds)), []
 
 
 def shapes(adapter: Adapter) -> tuple[tuple[LayerShape, ...], tuple[HeadShape, ...]]:
@@ -160,7 +187,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             client.data.train,
             client.settings.training,
             seed=seed(client, task.round),
-            state=client.node.folder / "state" / "optimizer.safetensors",
+            state=client.node.folder / "state" / f"optimizer-{client.run:x}.safetensors",
             progress=progress,
         )
     update = client.model.read()
@@ -231,13 +258,20 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
     link = session(client.settings, client.plan(task.tiers), run=client.run, key_fingerprint=client.secret.fingerprint)
     with client.timed("unseal"):
         for (round_, rank), data in zip(task.aggregates, received, strict=True):
-            adapter, _ = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
+            adapter, message = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
+            _enough(message, client.settings.federation.min_contributors)
             at = round_
     if received:
         save_state(path, adapter, run=client.run, round_=at)
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
     return adapter, at
+
+
+def _enough(message: wire.Message, minimum: int) -> None:
+    """Refuse what an honest server would not have released; a lying one can still name more than there were."""
+    if sum(c.rank >= message.rank for c in message.contributors) < minimum:
+        raise PlanMismatchError(f"the aggregate of round {message.round} has fewer than {minimum} contributors")
 
 
 def _evaluate(client: Client) -> dict[str, Any]:

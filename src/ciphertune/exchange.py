@@ -7,12 +7,15 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.adapter import Adapter
-from ciphertune.crypto.base import blocks_for
+from ciphertune.crypto.base import blocks_for, check_range
 from ciphertune.crypto.clear import parse
-from ciphertune.crypto.secret import SecretPart, check_range
+from ciphertune.crypto.secret import SecretPart
 from ciphertune.errors import RangeError
-from ciphertune.ranks import Contributor, to_mean
+from ciphertune.ranks import Contributor, divisors, to_mean
 from ciphertune.split import counts, join, split
+
+# of an entry of a mean; entries of trained factors are of the order of 0.01 to 1
+_LARGEST_ERROR = 1e-3
 
 
 def seal(
@@ -61,11 +64,23 @@ def unseal(
     """
     message = wire.decode(data, session, wire.Expected(wire.AGGREGATE, round_, 0, rank))
     packed = np.concatenate([parse(message.clear, session.clear.dtype), *_decrypted(message, session, secret)])
+    _precise_enough(message, session)
     mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
     if mean.size and not np.abs(mean).max() <= 2 * session.bound:
         # an undetected wrong key, a wrapped sum or a forged total shows as absurd numbers, never as an exception
         raise RangeError(f"the mean of round {round_} holds values above crypto.bound={session.bound:g}")
     return join(mean, session.plan, message.factors, base), message
+
+
+def _precise_enough(message: wire.Message, session: wire.Session) -> None:
+    """Refuse a sum whose weights are so small that dividing by them would raise the noise above the values."""
+    shares = divisors(session.plan, message.contributors, message.total, message.rank)
+    noise = session.public.error_bound(len(message.contributors), 1.0)
+    if not shares.all() or noise / shares.min() > _LARGEST_ERROR:
+        raise RangeError(
+            f"the contributors of round {message.round} have {shares.min():.1e} of the weight that was asked: "
+            "too little for a precise mean; a client states far too many samples, or too few replied"
+        )
 
 
 def _decrypted(message: wire.Message, session: wire.Session, secret: SecretPart) -> list[npt.NDArray[np.float64]]:

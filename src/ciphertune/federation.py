@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ciphertune.ranks import Contributor
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 
+_MAX_EXAMPLES = 10**9
 _HEX = re.compile(r"[0-9a-f]{16,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -31,6 +32,7 @@ class Hello:
     name: str
     rank: int
     samples: int
+    heldout: int  # examples
     simulated: bool
     key: bytes
     parameters: str
@@ -66,6 +68,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             name=values["name"],
             rank=int(values["rank"]),
             samples=int(values["samples"]),
+            heldout=int(values["heldout"]),
             simulated=bool(values["simulated"]),
             key=bytes.fromhex(values["key"]),
             **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial")},
@@ -78,8 +81,9 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
     digests = (hello.parameters, hello.settings, hello.code, hello.initial)
     if not _NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
         raise FormatError("the client's greeting is not readable")
-    if not 1 <= hello.samples <= 10**12:
-        raise FormatError(f"{hello.name} has {hello.samples} training examples: at least one is needed")
+    for what, count in (("training", hello.samples), ("held-out", hello.heldout)):
+        if not 1 <= count <= _MAX_EXAMPLES:
+            raise FormatError(f"{hello.name} has {count} {what} examples: want 1 to {_MAX_EXAMPLES}")
     return hello
 
 
@@ -112,23 +116,29 @@ class Federation:
         refused: list[tuple[Hello, str]] = []
         for hello in hellos:
             try:
-                self.admit(hello)
+                self.admit(hello, [h.node_id for h in hellos])
             except (FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError) as error:
                 refused.append((hello, str(error)))
         return refused
 
     def _tiers(self, present: Sequence[int]) -> tuple[int, ...]:
-        """The ranks to which enough clients reach for an aggregate to be released, of those here or foreseen."""
-        foreseen = [c.rank for c in self.settings.federation.clients]
-        enough = self.settings.federation.min_contributors
-        return tuple(
-            t
-            for t in sorted({*present, *foreseen})
-            if any(sum(r >= t for r in g) >= enough for g in (present, foreseen))
-        )
+        """The ranks to which enough clients reach for an aggregate to be released.
 
-    def admit(self, hello: Hello) -> Member:
-        """Take in one client under the settled plan. Raises the error that says why not."""
+        Raises FederationError when the clients are fewer than that.
+        """
+        enough = self.settings.federation.min_contributors
+        tiers = tuple(t for t in sorted(set(present)) if sum(r >= t for r in present) >= enough)
+        if not tiers:
+            raise FederationError(
+                f"{len(present)} clients can work together, fewer than federation.min_contributors={enough}"
+            )
+        return tiers
+
+    def admit(self, hello: Hello, online: Collection[int]) -> Member:
+        """Take in one client under the settled plan, or take it back on a new node. Raises the error that says why not.
+
+        online: ids of the nodes that are connected now.
+        """
         assert self.session is not None
         plan = self.session.plan
         if hello.settings != self.settings.digest().hex():
@@ -148,11 +158,15 @@ class Federation:
             raise PlanMismatchError(f"{hello.name} has rank {hello.rank}, below the plan's lowest, {plan.tiers[0]}")
         if self.members and hello.initial != self.members[0].hello.initial:
             raise PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
-        if any(m.name == hello.name for m in self.members):
+        known = next((m for m in self.members if m.name == hello.name), None)
+        if known is None:
+            known = Member(len(self.members) + 1, hello)
+            self.members.append(known)
+        elif known.hello.node_id in online:
             raise FormatError(f"another node is called {hello.name} already: give each its own name in --node-config")
-        member = Member(len(self.members) + 1, hello)
-        self.members.append(member)
-        return member
+        else:  # the same client on a node that was started anew
+            known.hello, known.have = hello, -1
+        return known
 
     def sample(self, available: Sequence[Member]) -> list[Member]:
         """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""

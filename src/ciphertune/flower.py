@@ -46,11 +46,11 @@ def reply(message: Message, values: Mapping[str, Any], payload: Sequence[bytes] 
     return Message(pack(values, payload), reply_to=message)
 
 
-def failure(message: Message, error: BaseException, *, show: bool) -> Message:
+def failure(message: Message, error: BaseException, name: str, *, show: bool) -> Message:
     """A reply that says that it did not work: the kind of error always, its text only with `show`.
 
     The text of an error may hold a path or a line of private data, so a real node keeps it in its own log.
     """
     kind = type(error).__name__
     line = " ".join(str(error).split())[:500] if show else ""
-    return reply(message, {"error": kind, "line": line, "simulated": show})
+    return reply(message, {"error": kind, "line": line, "name": name, "simulated": show})

@@ -19,9 +19,11 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+
+import psutil
 
 from ciphertune.errors import FederationError, SettingsError
 from ciphertune.progress import MARK
@@ -51,6 +53,10 @@ def launch(
     """
     folder = app_folder(app)
     settings = compose(folder / "conf", overrides)
+    if not settings.model.name:
+        raise SettingsError("model.name is empty: give a folder, a hub id, or 'embedded'")
+    if superlink is None:
+        _check_simulation(settings)
     name = settings.name or f"{settings.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
     runs = runs_dir.expanduser().resolve()
     if (runs / name / "settings.yaml").exists():
@@ -59,7 +65,8 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="ciphertune-", ignore_cleanup_errors=True) as scratch:
         config = {"overrides": _joined(words)} | ({} if superlink else {"runs-dir": str(runs)})
         toml = Path(scratch) / "run.toml"
-        toml.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()), encoding="utf-8")
+        lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in config.items()]
+        toml.write_text("".join(lines), encoding="utf-8")
         command = [_flwr("flwr"), "run", str(folder), superlink or _CONNECTION, "--run-config", str(toml), "--stream"]
         empty = Path(scratch) / "empty"
         empty.mkdir()
@@ -71,11 +78,28 @@ def launch(
             return _follow(command, environment, empty, _CONNECTION, verbose, log)
 
 
+def _check_simulation(settings: Settings) -> None:
+    """What can be seen on this machine before anything is started. Raises SettingsError."""
+    federation, data, model = settings.federation, settings.data, settings.model
+    if federation.min_clients > len(federation.clients):
+        raise SettingsError(
+            f"federation.min_clients={federation.min_clients}, but {len(federation.clients)} clients are simulated: "
+            "add some to federation.clients or lower it"
+        )
+    if data.source == "jsonl" and not (data.path or all(c.data_path for c in federation.clients)):
+        raise SettingsError("data=jsonl needs data.path=FILE, which may contain {client}")
+    if data.source == "hf" and not data.dataset:
+        raise SettingsError("data=hf needs data.dataset=NAME")
+    if model.name.startswith(("/", "./", "../", "~")) and not Path(model.name).expanduser().is_dir():
+        raise SettingsError(f"model.name={model.name!r} is not a folder on this machine")
+
+
 def _size_of(settings: Settings) -> str:
     """Flower's simulation settings: a node per client, the machine's CPUs shared among those that run at once."""
     clients = len(settings.federation.clients)
     cpus = max(1, (os.cpu_count() or 1) // clients)
-    return f"num-supernodes={clients} client-resources-num-cpus={cpus}"
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) / clients  # a share of a GPU is enough for Ray to show it
+    return f"num-supernodes={clients} client-resources-num-cpus={cpus} client-resources-num-gpus={min(1.0, gpus):.2f}"
 
 
 def _follow(
@@ -155,11 +179,22 @@ def _own_superlink(scratch: Path, cwd: Path) -> Iterator[dict[str, str]]:
             _wait_until_up(port, process, scratch / "superlink.log")
             yield environment
         finally:
-            process.terminate()
-            try:
-                process.wait(15)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            _end(process.pid)
+
+
+def _end(pid: int) -> None:
+    """End a process and all that descend from it: the SuperLink, its simulation, Ray. Ended alone, they outlive it."""
+    try:
+        parent = psutil.Process(pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
+        return
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.terminate()
+    for one in psutil.wait_procs(family, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def _wait_until_up(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

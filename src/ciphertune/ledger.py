@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 from ciphertune import wire
 from ciphertune.federation import Member
 from ciphertune.runs import ServerFolder
-from ciphertune.scores import Score, mean, score_of, seconds_of, show, size
+from ciphertune.scores import Report, Score, mean, show, size
 from ciphertune.settings import Settings
 
 
@@ -20,75 +19,66 @@ class Ledger:
     def __init__(self, settings: Settings, folder: ServerFolder) -> None:
         self._settings, self._folder = settings, folder
         self._members: dict[str, Member] = {}
-        self._up: dict[str, list[int]] = defaultdict(list)
-        self._down: dict[str, list[int]] = defaultdict(list)
-        self._values = [0, 0]  # clear, secret
+        self._up: dict[int, dict[str, int]] = defaultdict(dict)  # round -> client -> bytes
+        self._down: dict[int, dict[str, int]] = defaultdict(dict)
+        self._values = [0, 0]  # clear, encrypted
         self._seconds: dict[str, float] = defaultdict(float)
         self._before: dict[int, Score | None] = {}
-        self._present: dict[int, int] = {}
         self._round_seconds: list[float] = []
         self._start = time.perf_counter()
         self._base: dict[str, Score] = {}
         self.local: dict[str, Score] = {}
         self.federated: dict[str, Score] = {}
 
-    def sent(self, round_: int, member: Member, size_: int) -> None:
-        """Bytes of aggregates that went to a client at the start of a round."""
+    def asked(self, round_: int, member: Member, size_: int) -> None:
+        """A client was asked to train, with that many bytes of aggregates."""
         self._members[member.name] = member
-        self._down[member.name].append(size_)
+        self._down[round_][member.name] = size_
 
     def update(
-        self,
-        round_: int,
-        member: Member,
-        report: Mapping[str, Any],
-        message: wire.Message,
-        values: tuple[int, int],
-        size_: int,
-        seconds: float,
+        self, round_: int, member: Member, report: Report, message: wire.Message, values: tuple[int, int], size_: int
     ) -> None:
-        """A usable update: its report, its (clear, secret) values, its bytes, the seconds the server took to add it."""
-        encrypted = self._settings.crypto.backend != "clear"
-        clear, secret = values if encrypted else (sum(values), 0)
+        """A usable update: the client's report, the message, its (clear, encrypted) values and its bytes."""
+        clear, encrypted = values
         self._values[0] += clear
-        self._values[1] += secret
-        self._up[member.name].append(size_)
-        self._seconds["aggregate"] += seconds
-        score = score_of(report)
+        self._values[1] += encrypted
+        self._up[round_][member.name] = size_
         if round_ == 0:
-            self._base[member.name] = score
+            self._base[member.name] = report.score
         self.stages(round_, member, report)
+        payload = len(message.clear) + len(message.secret)
         self._folder.line(
             round_,
             "update",
             member.name,
-            seconds=round(seconds, 6),
             bytes_up=size_,
-            bytes_down=self._down[member.name][-1],
-            clear_bytes=len(message.clear) if encrypted else len(message.clear) + len(message.secret),
+            bytes_down=self._down[round_][member.name],
+            clear_bytes=len(message.clear) if encrypted else payload,
             cipher_bytes=len(message.secret) if encrypted else 0,
             values_clear=clear,
-            values_cipher=secret,
+            values_cipher=encrypted,
             samples=member.hello.samples,
-            loss=score.loss,
-            metric=dict(score.metrics),
-            train_loss=_number(report.get("train_loss")),
+            loss=report.score.loss,
+            metric=dict(report.score.metrics),
+            train_loss=report.train_loss,
         )
 
-    def stages(self, round_: int, member: Member, report: Mapping[str, Any]) -> None:
+    def stages(self, round_: int, member: Member, report: Report) -> None:
         """The seconds a client says it spent, per stage."""
-        for stage, seconds in seconds_of(report).items():
+        for stage, seconds in report.seconds.items():
             self._seconds[stage] += seconds
             self._folder.line(round_, stage, member.name, seconds=round(seconds, 6))
 
-    def score_before(self, round_: int, score: Score | None, present: int) -> None:
-        """What the clients measured before they trained in this round, and how many contributed."""
-        self._before[round_], self._present[round_] = score, present
+    def aggregated(self, round_: int, seconds: float) -> None:
+        """The seconds the server took to check and add the updates of a round."""
+        self._seconds["aggregate"] += seconds
+        self._folder.line(round_, "aggregate", "server", seconds=round(seconds, 6))
 
-    def close_round(self, round_: int, seconds: float) -> None:
-        """A round is over."""
+    def close_round(self, round_: int, before: Score | None, seconds: float) -> None:
+        """A round is over. before: the mean of what the clients measured before they trained in it."""
+        self._before[round_] = before
         self._round_seconds.append(seconds)
-        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=self._present[round_])
+        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=len(self._up[round_]))
 
     def round_line(self, round_: int) -> str:
         """One line of progress."""
@@ -97,11 +87,10 @@ class Ledger:
         mean_round = sum(self._round_seconds) / len(self._round_seconds)
         # the comparison trains once more what all rounds trained
         seconds = mean_round * (left + 0.5 + (rounds if self._settings.federation.compare_local else 0))
-        asked = len(self._members)
+        up, down = (_mean(list(x[round_].values())) for x in (self._up, self._down))
         return (
-            f"round {round_ + 1}/{rounds}: {self._present[round_]} of {asked} clients, held-out loss before it "
-            f"{show(self._before[round_])}, "
-            f"up {size(self._last(self._up))} down {size(self._last(self._down))} per client, "
+            f"round {round_ + 1}/{rounds}: {len(self._up[round_])} of {len(self._down[round_])} clients, "
+            f"held-out loss before it {show(self._before[round_])}, up {size(up)} down {size(down)} per client, "
             f"{self.encrypted_fraction:.0%} encrypted, {seconds:.0f} s left"
         )
 
@@ -111,18 +100,23 @@ class Ledger:
         return self._values[1] / max(1, sum(self._values))
 
     def finish(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write and return the summary."""
+        """Write and return the summary. Its means are over the clients that have every one of the figures."""
+        columns = [c for c in (self._base, self.local, self.federated) if c]
+        common = sorted(set.intersection(*(set(c) for c in columns))) if columns else []
+        base, local, federated = (
+            _score(mean([c[n] for n in common if n in c])) for c in (self._base, self.local, self.federated)
+        )
         summary = {
             "status": status,
             **({"reason": reason} if reason else {}),
             "method": self._settings.method.name,
             "rounds": len(self._round_seconds),
             "seconds": round(time.perf_counter() - self._start, 3),
-            "base": _score(mean(list(self._base.values()))),
-            "local": _score(mean(list(self.local.values()))),
-            "federated": _score(mean(list(self.federated.values()))),
-            "bytes_up": _mean([b for v in self._up.values() for b in v]),
-            "bytes_down": _mean([b for v in self._down.values() for b in v if b]),
+            "base": base,
+            "local": local,
+            "federated": federated,
+            "bytes_up": _mean([b for per in self._up.values() for b in per.values()]),
+            "bytes_down": _mean([b for per in self._down.values() for b in per.values() if b]),
             "encrypted_fraction": self.encrypted_fraction,
             "seconds_by_stage": {k: round(v, 3) for k, v in self._seconds.items()},
             "nodes": {name: self._node(name) for name in sorted(self._members)},
@@ -132,20 +126,17 @@ class Ledger:
 
     def _node(self, name: str) -> dict[str, Any]:
         hello = self._members[name].hello
+        up, down = ([per[name] for per in x.values() if per.get(name)] for x in (self._up, self._down))
         return {
             "rank": hello.rank,
             "samples": hello.samples,
             "base": _score(self._base.get(name)),
             "local": _score(self.local.get(name)),
             "federated": _score(self.federated.get(name)),
-            "bytes_up": _mean(self._up[name]),
-            "bytes_down": _mean([b for b in self._down[name] if b]),
+            "bytes_up": _mean(up),
+            "bytes_down": _mean(down),
             "encrypted_fraction": self.encrypted_fraction,
         }
-
-    @staticmethod
-    def _last(figures: Mapping[str, list[int]]) -> float:
-        return _mean([v[-1] for v in figures.values() if v])
 
 
 def _score(score: Score | None) -> dict[str, Any] | None:
@@ -154,7 +145,3 @@ def _score(score: Score | None) -> dict[str, Any] | None:
 
 def _mean(values: list[int]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None

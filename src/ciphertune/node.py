@@ -12,12 +12,23 @@ from typing import Any
 from ciphertune.errors import SettingsError
 from ciphertune.settings import ClientSettings, Settings
 
-KEYS = ("name", "rank", "budget", "data-path", "key-file", "device", "run-dir", "partition-id", "num-partitions")
+KEYS = (
+    "name",
+    "rank",
+    "budget",
+    "data-path",
+    "key-file",
+    "device",
+    "run-dir",
+    "partition-id",
+    "num-partitions",
+    "allow-clear",
+)
 
 
 @dataclass(frozen=True)
 class NodeSettings:
-    """One client. folder: its own part of the run folder. key_file: None only in simulation and without encryption."""
+    """One client. folder: its part of the run folder. key_file: the one given, or where simulated ones make theirs."""
 
     name: str
     index: int  # which part of a divided data set; -1 when the node does not say
@@ -29,6 +40,7 @@ class NodeSettings:
     device: str
     folder: Path
     simulated: bool
+    own_key: bool  # the key file was given: it is never made
 
 
 def home() -> Path:
@@ -48,8 +60,8 @@ def run_folder(settings: Settings, run_id: int, runs_dir: str = "") -> Path:
 
 
 def is_simulated(config: Mapping[str, Any]) -> bool:
-    """Flower's simulation gives a node a partition and nothing else; a lab's node says what it is."""
-    return "partition-id" in config and not {"name", "data-path", "key-file"} & set(config)
+    """Flower's simulation gives a node its partition and nothing else; a lab's node says more of itself."""
+    return set(config) == {"partition-id", "num-partitions"}
 
 
 def node_settings(
@@ -71,6 +83,12 @@ def node_settings(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise SettingsError(f"node setting name={name!r}: use letters, digits, '.', '_' and '-', at most 64 of them")
     folder = run_folder(settings, run_id, str(config.get("run-dir", ""))) / "clients"
+    clear = settings.crypto.backend == "clear" or settings.method.select == "none"
+    if clear and not simulated and config.get("allow-clear") is not True:
+        raise SettingsError(
+            f"method={settings.method.name} with crypto={settings.crypto.backend} would send this node's update in the "
+            "clear: it refuses unless it was started with --node-config 'allow-clear=true'"
+        )
     key_file = str(config.get("key-file", default.key_file))
     if not key_file and not simulated and settings.crypto.backend != "clear":
         raise SettingsError(
@@ -88,6 +106,7 @@ def node_settings(
         device=str(config.get("device", default.device)),
         folder=folder / name,
         simulated=simulated,
+        own_key=bool(key_file),
     )
     if not 1 <= node.rank <= 4096:
         raise SettingsError(f"node setting rank={node.rank} is out of range: want 1 to 4096")

@@ -41,7 +41,10 @@ class HeadShape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Layers and heads in the order in which they are packed, and the method's choices that shape a message."""
+    """Layers and heads in the order in which they are packed, and the method's choices that shape a message.
+
+    Raises FormatError for sizes that no real plan has: it comes over the wire.
+    """
 
     layers: tuple[LayerShape, ...]
     heads: tuple[HeadShape, ...]
@@ -50,6 +53,18 @@ class Plan:
     share: str  # both | alternate | b_only
     select: str  # none | all
     fit_rank: str  # nested | pad
+
+    def __post_init__(self) -> None:
+        sizes = [d for x in self.layers for d in (x.m, x.n)] + [d for h in self.heads for d in h.shape]
+        if (
+            len(self.layers) + len(self.heads) > _MAX_LAYERS
+            or not all(1 <= d <= _MAX_DIMENSION for d in sizes)
+            or not 1 <= len(self.tiers) <= _MAX_TIERS
+            or not 1 <= self.tiers[0] <= self.tiers[-1] <= _MAX_RANK
+            or list(self.tiers) != sorted(set(self.tiers))
+            or not (math.isfinite(self.scale) and self.scale > 0)
+        ):
+            raise FormatError("the plan asks for impossible sizes")
 
     def shared(self, rank: int) -> int:
         """How many components a client of `rank` shares: the largest tier it reaches, 0 when it reaches none.
@@ -90,14 +105,4 @@ class Plan:
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise FormatError("the plan is not readable") from error
-        sizes = [d for x in plan.layers for d in (x.m, x.n)] + [d for h in plan.heads for d in h.shape]
-        if (
-            len(plan.layers) + len(plan.heads) > _MAX_LAYERS
-            or not all(1 <= d <= _MAX_DIMENSION for d in sizes)
-            or not 1 <= len(plan.tiers) <= _MAX_TIERS
-            or not 1 <= plan.tiers[0] <= plan.tiers[-1] <= _MAX_RANK
-            or list(plan.tiers) != sorted(set(plan.tiers))
-            or not (math.isfinite(plan.scale) and plan.scale > 0)
-        ):
-            raise FormatError("the plan asks for impossible sizes")
         return plan

@@ -1,9 +1,9 @@
-"""The run folder: what a run leaves behind. Layout in docs; every writer is here."""
+"""The run folder: what a run leaves behind, and the server's writers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ciphertune.errors import SettingsError
+from ciphertune.federation import Member
 from ciphertune.plan import Plan
 from ciphertune.settings import Settings
 from ciphertune.versions import versions
@@ -31,9 +32,12 @@ class ServerFolder:
         write(self.path / "settings.yaml", text.encode())
         write_json(self.path / "versions.json", versions())
 
-    def plan(self, plan: Plan, members: list[dict[str, Any]]) -> None:
+    def plan(self, plan: Plan, members: Sequence[Member]) -> None:
         """The plan and who takes part."""
-        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": members, **asdict(plan)})
+        people = [
+            {"number": m.number, "name": m.name, "rank": m.hello.rank, "samples": m.hello.samples} for m in members
+        ]
+        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": people, **asdict(plan)})
 
     def line(self, round_: int, stage: str, node: str, **values: Any) -> None:
         """One line of rounds.jsonl."""
@@ -70,7 +74,7 @@ def write(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON, indented, whole or not at all."""
-    write(path, (json.dumps(values, indent=2) + "\n").encode())
+    write(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _plain(value: Any) -> Any:

@@ -9,50 +9,78 @@ from typing import Any
 
 from ciphertune.errors import FormatError
 
+_METRICS = ("perplexity", "accuracy", "f1")
+_STAGES = ("load", "unseal", "evaluate", "train", "seal", "save")
+
 
 @dataclass(frozen=True)
 class Score:
-    """Held-out loss and metrics, and the number of held-out examples they are over."""
+    """Held-out loss and metrics. weight: what the mean over clients is weighted by."""
 
     loss: float
     metrics: Mapping[str, float]
-    heldout: int
+    weight: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for summary.json."""
-        return {"loss": self.loss, "metric": dict(self.metrics), "heldout": self.heldout}
+        return {"loss": self.loss, "metric": dict(self.metrics)}
 
 
-def score_of(report: Mapping[str, Any]) -> Score:
-    """The score in a client's report. Raises FormatError."""
+def number(value: Any, low: float, high: float) -> float:
+    """A number from a client. Raises FormatError unless it is one, finite, and in the range."""
     try:
-        metrics = {str(k)[:40]: float(v) for k, v in dict(report["metrics"]).items()}
-        score = Score(float(report["loss"]), metrics, int(report["heldout"]))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError("the client's report is not readable") from error
-    if not math.isfinite(score.loss) or score.heldout < 1 or len(metrics) > 20:
-        raise FormatError(f"the client reports an impossible score (loss {score.loss})")
-    return score
+        found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not low <= found <= high:
+        raise FormatError(f"the client reports {str(value)[:40]} where a number from {low:g} to {high:g} is expected")
+    return found
 
 
-def seconds_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds per stage in a client's report; anything that is no number is left out."""
-    found = report.get("seconds")
-    if not isinstance(found, dict):
-        return {}
-    return {str(k)[:20]: float(v) for k, v in list(found.items())[:20] if isinstance(v, int | float)}
+def score_of(report: Mapping[str, Any], heldout: int, max_length: int) -> Score:
+    """The score in a client's report, weighted by target tokens (perplexity) or examples.
+
+    heldout: the examples it joined with. Raises FormatError.
+    """
+    metrics = report.get("metrics")
+    if not isinstance(metrics, dict) or not set(metrics) <= set(_METRICS):
+        raise FormatError("the client's report has no readable metrics")
+    found = {name: number(value, 0.0, 1e300) for name, value in metrics.items()}
+    tokens = number(report.get("tokens"), 1, heldout * max_length)
+    return Score(number(report.get("loss"), 0.0, 1e6), found, tokens if "perplexity" in found else heldout)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of a round, checked: it decides nothing but what is shown."""
+
+    score: Score
+    train_loss: float
+    seconds: Mapping[str, float]
+
+
+def report_of(values: Mapping[str, Any], heldout: int, max_length: int) -> Report:
+    """The report in a client's reply. Raises FormatError."""
+    seconds = values.get("seconds", {})
+    if not isinstance(seconds, dict) or not set(seconds) <= set(_STAGES):
+        raise FormatError("the client's report has no readable seconds")
+    return Report(
+        score_of(values, heldout, max_length),
+        number(values.get("train_loss", 0.0), 0.0, 1e6),
+        {stage: number(value, 0.0, 1e9) for stage, value in seconds.items()},
+    )
 
 
 def mean(scores: Sequence[Score]) -> Score | None:
-    """Mean weighted by held-out examples; perplexity is the exponential of the mean loss."""
+    """Weighted mean over clients; perplexity is the exponential of the mean loss, F1 a mean of the clients' F1."""
     if not scores:
         return None
-    total = sum(s.heldout for s in scores)
-    loss = sum(s.loss * s.heldout for s in scores) / total
+    total = sum(s.weight for s in scores)
+    loss = sum(s.loss * s.weight for s in scores) / total
     names = [n for n in scores[0].metrics if all(n in s.metrics for s in scores)]
-    metrics = {n: sum(s.metrics[n] * s.heldout for s in scores) / total for n in names}
+    metrics = {n: sum(s.metrics[n] * s.weight for s in scores) / total for n in names}
     if "perplexity" in metrics:
-        metrics["perplexity"] = math.exp(min(loss, 700.0))
+        metrics["perplexity"] = math.exp(min(loss, 690.0))
     return Score(loss, metrics, total)
 
 

@@ -239,6 +239,10 @@ def check(settings: Settings) -> None:
         raise SettingsError(
             f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}"
         )
+    if not settings.model.targets:
+        raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
+    if settings.data.source == "jsonl" and not settings.data.heldout_path and not settings.data.heldout_fraction:
+        raise SettingsError("there would be no held-out text: set data.heldout_fraction above 0, or data.heldout_path")
     if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
         raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
     if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
@@ -259,7 +263,9 @@ def _checked(word: str, conf_dir: Path) -> str:
     """One override: a choice must exist; any other key is let through, `build` reports the unknown ones."""
     key, _, choice = word.partition("=")
     if not (conf_dir / key).is_dir():
-        return _quoted(word if key[:1] in "+~" else f"++{word}")
+        if key.startswith("~") or not key.strip("+"):
+            raise SettingsError(f"bad override {word!r}: write group=choice or group.key=value")
+        return _quoted(word if key.startswith("+") else f"++{word}")
     valid = sorted(p.stem for p in (conf_dir / key).glob("*.yaml"))
     if choice not in (*valid, "null"):
         near = get_close_matches(choice, valid, n=1)

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from ciphertune.errors import RangeError
+
 
 class Aggregator(Protocol):
     """A running sum of encrypted vectors.
@@ -52,3 +57,21 @@ class PublicPart(Protocol):
 def blocks_for(public: PublicPart, values: int) -> int:
     """Blocks that `values` values take."""
     return -(-values // public.slots)
+
+
+def check_range(values: npt.NDArray[np.floating], bound: float) -> None:
+    """Raise RangeError unless every value is finite and at most `bound` in absolute value."""
+    if values.size == 0:
+        return
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise RangeError(
+            f"{int((~finite).sum())} of {values.size} values of the update are NaN or infinite: "
+            "lower training.learning_rate or look at the data"
+        )
+    largest = float(np.abs(values).max())
+    if largest > bound:
+        raise RangeError(
+            f"a value of the update is {largest:.4g}, above crypto.bound={bound:g}: "
+            "training diverged, or raise the bound for every client"
+        )

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import tenseal as ts
 
 from ciphertune.crypto import codec
+from ciphertune.crypto.base import check_range
 from ciphertune.crypto.ckks import CkksPublic, context_bytes
 from ciphertune.crypto.params import CkksParams
-from ciphertune.crypto.secret import SecretKey, check_range
+from ciphertune.crypto.secret import SecretKey
 from ciphertune.errors import KeyFileError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ciphertune.crypto.base import check_range
 from ciphertune.crypto.clear import ClearPublic, parse
-from ciphertune.crypto.secret import check_range
 from ciphertune.errors import FormatError
 
 

@@ -16,9 +16,10 @@ SECURITY_128 = {2048: 53, 4096: 106, 8192: 214, 16384: 430}
 # TenSEAL versions do not read each other's bytes, so the version is part of what must agree.
 LIBRARY = "tenseal 0.3.18"
 
-# SEAL draws noise from a centred binomial distribution with variance 42/4; rounding to integers adds at most 1/4.
+# SEAL draws noise from a centred binomial distribution with variance 42/4. Rounding the encoded message to integers
+# adds at most 1/2 per coefficient; it is treated as independent noise of variance 1/4, which is a heuristic.
 _NOISE_VARIANCE = 10.75
-# A slot is a signed sum of N independent such terms: more than 9 standard deviations has probability below 2^-57.
+# A slot is a signed sum of N such terms: more than 9 standard deviations off with probability below 2^-57 per slot.
 _DEVIATIONS = 9.0
 
 
@@ -85,7 +86,7 @@ class CkksParams:
         return hashlib.sha256(text.encode()).digest()[:16]
 
     def error_bound(self, contributors: int, magnitude: float) -> float:
-        """Absolute error of a decrypted sum of `contributors` ciphertexts, except with probability below 2^-57 a slot.
+        """Absolute error of a decrypted sum of `contributors` ciphertexts, but for a probability below 2^-57 per slot.
 
         Fresh symmetric noise per term, plus float64 rounding of encoder and decoder relative to `magnitude`.
         """

@@ -52,23 +52,3 @@ class SecretPart(Protocol):
 
     def decrypt(self, body: bytes, count: int) -> npt.NDArray[np.float64]:
         """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks."""
-
-
-def check_range(values: npt.NDArray[np.floating], bound: float) -> None:
-    """Raise RangeError unless every value is finite and at most `bound` in absolute value."""
-    from ciphertune.errors import RangeError
-
-    if values.size == 0:
-        return
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise RangeError(
-            f"{int((~finite).sum())} of {values.size} values of the update are NaN or infinite: "
-            "lower training.learning_rate or look at the data"
-        )
-    largest = float(np.abs(values).max())
-    if largest > bound:
-        raise RangeError(
-            f"a value of the update is {largest:.4g}, above crypto.bound={bound:g}: "
-            "training diverged, or raise the bound for every client"
-        )

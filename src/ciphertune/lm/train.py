@@ -69,7 +69,7 @@ def train(
             if progress is not None:
                 progress(step, settings.steps, losses[-1])
     model.model.eval()
-    if state is not None:
+    if state is not None and _finite(optimizer):  # a step that went to NaN must not spoil the next round
         _store(optimizer, parameters, state)
     seconds = time.perf_counter() - started
     return TrainResult(float(np.mean(losses)), settings.steps, len(data), seconds, tuple(losses))
@@ -146,6 +146,11 @@ def _store(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
     partial = state.with_name(f"{state.name}.partial")
     save_file(saved, partial)
     partial.replace(state)  # a crash leaves the old file or the new one, never half of one
+
+
+def _finite(optimizer: torch.optim.Optimizer) -> bool:
+    moments = (value for kept in optimizer.state.values() for value in kept.values())
+    return all(bool(torch.isfinite(value).all()) for value in moments if isinstance(value, torch.Tensor))
 
 
 def _load(state: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,127 @@
+"""Who comes in: greeting the nodes, waiting for enough of them, taking in those that come later or come back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from ciphertune import flower
+from ciphertune.errors import CiphertuneError, FederationError
+from ciphertune.federation import Federation, Hello, Member, parse_hello
+from ciphertune.settings import Settings
+from ciphertune.versions import code_digest
+from server_app.mail import exchange, open_reply, say
+
+# A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
+_GREETING_SECONDS = 180.0
+
+
+class Door:
+    """Greets nodes and admits them to the federation."""
+
+    def __init__(self, settings: Settings, federation: Federation) -> None:
+        self.settings, self.federation = settings, federation
+        self._seen: set[int] = set()  # nodes that were greeted
+        self._simulated = False
+        self._refusals: list[tuple[str, str]] = []  # who, why
+
+    def greeting(self) -> dict[str, Any]:
+        """What every message to a client begins with: a client under other settings or code refuses it."""
+        return {"settings": self.settings.digest().hex(), "code": code_digest()}
+
+    def gather(self, grid: Grid) -> None:
+        """Wait until enough clients have joined, then make the plan. Raises FederationError when they do not."""
+        federation = self.settings.federation
+        deadline = time.monotonic() + federation.wait_timeout
+        hellos: list[Hello] = []
+        said = ""
+        while True:
+            hellos += self._greet(grid, deadline)
+            if len(hellos) >= federation.min_clients:
+                break
+            state = f"{len(hellos)} of at least {federation.min_clients} clients (federation.min_clients) have joined"
+            if time.monotonic() > deadline or self._simulated:
+                raise FederationError("; ".join([state, *self._reasons()]))
+            if state != said:
+                said = state
+                say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in hellos)})")
+            time.sleep(1.0)
+        self._refusals += [(hello.name, reason) for hello, reason in self.federation.settle(hellos)]
+        members = self.federation.members
+        if len(members) < federation.min_clients:
+            state = f"{len(members)} clients can work together, federation.min_clients={federation.min_clients}"
+            raise FederationError("; ".join([state, *self._reasons()]))
+        for reason in self._reasons():
+            say(f"left out {reason}")
+        for member in members:
+            say(f"  {member.name}: rank {member.hello.rank}, {member.hello.samples} examples")
+
+    def greet_new(self, grid: Grid) -> None:
+        """Take in clients that come later, or come back on a new node, under the plan as it is."""
+        self._refusals.clear()
+        for hello in self._greet(grid, time.monotonic() + _GREETING_SECONDS):
+            try:
+                member = self.federation.admit(hello, set(grid.get_node_ids()))
+                say(f"  {member.name} joins: rank {hello.rank}, {hello.samples} examples")
+            except CiphertuneError as error:
+                self._refusals.append((hello.name, str(error)))
+        for reason in self._reasons():
+            say(f"left out {reason}")
+
+    def online(self, grid: Grid) -> list[Member]:
+        """The members whose nodes are connected."""
+        nodes = set(grid.get_node_ids())
+        return [m for m in self.federation.members if m.hello.node_id in nodes]
+
+    def wait_for_enough(self, grid: Grid) -> list[Member]:
+        """The members that are connected, once they are enough for an aggregate, or after `wait_timeout` seconds."""
+        federation = self.settings.federation
+        deadline = time.monotonic() + federation.wait_timeout
+        said = False
+        while len(found := self.online(grid)) < federation.min_contributors and time.monotonic() < deadline:
+            if not said:
+                say(f"waiting up to {federation.wait_timeout:.0f} s: only {len(found)} clients are connected")
+                said = True
+            time.sleep(1.0)
+            self.greet_new(grid)
+        return found
+
+    def _greet(self, grid: Grid, deadline: float) -> list[Hello]:
+        """Greet the nodes not seen before. Simulated nodes play several clients where there are too few nodes."""
+        nodes = [n for n in grid.get_node_ids() if n not in self._seen]
+        if not nodes:
+            return []
+        self._seen.update(nodes)
+        timeout = max(1.0, min(_GREETING_SECONDS, deadline - time.monotonic()))
+        hellos, self._simulated = self._join(grid, [(node, None) for node in nodes], timeout)
+        if self._simulated:
+            wanted = range(len(nodes), len(self.settings.federation.clients))
+            hellos += self._join(grid, [(nodes[k % len(nodes)], k) for k in wanted], timeout)[0]
+        return sorted(hellos, key=lambda h: h.name)
+
+    def _join(self, grid: Grid, whom: Sequence[tuple[int, int | None]], timeout: float) -> tuple[list[Hello], bool]:
+        """The greetings of (node, client) pairs, and whether all of them say that they are simulated."""
+        hellos, simulated = [], []
+        messages = [Message(flower.pack({**self.greeting(), "client": c}), node, "query.join") for node, c in whom]
+        for index, reply in exchange(grid, messages, timeout):
+            node, client = whom[index]
+            name = f"node {node % (1 << 32):08x}"
+            try:
+                values = {} if reply.has_error() else flower.unpack(reply.content)[0]
+                simulated.append(values.get("simulated") is True)
+                name = str(values.get("name", name))[:64]
+                hellos.append(parse_hello(open_reply(reply)[0], node, client))
+            except CiphertuneError as error:
+                self._refusals.append((name, str(error)))
+        return hellos, bool(simulated) and all(simulated)
+
+    def _reasons(self) -> list[str]:
+        """One text per reason, with everybody it applies to."""
+        grouped: dict[str, list[str]] = {}
+        for who, why in self._refusals:
+            grouped.setdefault(why, []).append(who)
+        return [f"{', '.join(sorted(who))}: {why}" for why, who in grouped.items()]

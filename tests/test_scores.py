@@ -1,0 +1,81 @@
+"""What clients report: weighted as it should be, and never able to end the run or to forge what is shown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from ciphertune.errors import FormatError
+from ciphertune.scores import Score, mean, number, report_of, show, size
+from server_app.mail import say
+
+GOOD: dict[str, Any] = {
+    "loss": 2.0,
+    "metrics": {"perplexity": 7.4},
+    "tokens": 50,
+    "train_loss": 3.0,
+    "seconds": {"train": 1.5},
+}
+
+
+def test_the_mean_loss_is_weighted_by_tokens_and_perplexity_is_its_exponential() -> None:
+    found = mean([Score(2.0, {"perplexity": math.e**2}, 10), Score(4.0, {"perplexity": math.e**4}, 30)])
+    assert (
+        found is not None
+        and found.loss == pytest.approx(3.5)
+        and found.metrics["perplexity"] == pytest.approx(math.e**3.5)
+    )
+
+
+def test_causal_reports_weigh_tokens_and_classification_examples() -> None:
+    assert report_of(GOOD, 9, 128).score.weight == 50
+    classified = GOOD | {"metrics": {"accuracy": 0.5, "f1": 0.4}}
+    assert report_of(classified, 9, 128).score.weight == 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": math.nan},
+        {"loss": math.inf},
+        {"loss": 10**400},
+        {"loss": "2"},
+        {"loss": True},
+        {"loss": None},
+        {"metrics": {"perplexity": math.nan}},
+        {"metrics": {"\x1b[2Jround 9/9": 1.0}},
+        {"metrics": [1]},
+        {"tokens": 10**15},
+        {"tokens": 0},
+        {"train_loss": 10**400},
+        {"seconds": {"train": 10**400}},
+        {"seconds": {"nonsense": 1.0}},
+        {"seconds": 3},
+    ],
+)
+def test_a_report_that_is_no_report_is_refused(changes: dict[str, Any]) -> None:
+    report_of(GOOD, 9, 128)
+    with pytest.raises(FormatError):
+        report_of(GOOD | changes, 9, 128)
+
+
+def test_numbers_are_checked_against_their_range() -> None:
+    assert number(3, 0, 5) == 3.0
+    for bad in (-1, 6, math.nan, "3", None, True, [3]):
+        with pytest.raises(FormatError):
+            number(bad, 0, 5)
+
+
+def test_text_from_the_wire_cannot_move_the_cursor_or_forge_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    say("left out x: \x1b[2J\nciphertune | round 9/9: all fine\r\udc00")
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "\x1b" not in out and "\r" not in out
+    out.encode()
+
+
+def test_figures_are_shown_with_their_units() -> None:
+    assert [size(x) for x in (12, 1234, 5_600_000, 7e9)] == ["12 B", "1.2 kB", "5.6 MB", "7.0 GB"]
+    assert show(Score(1.23456, {"accuracy": 0.5}, 1)) == "1.235 (accuracy 50.0%)"
+    assert show(None) == "-"
