@@ -1,4 +1,4 @@
-"""Shared fixtures: one thread for torch, a small federation of tiny models, and where real models lie if they do."""
+"""Shared fixtures: one thread for torch, and a small federation of tiny models."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """A folder with real models and data; tests that want it are skipped where it is absent."""
-    folder = Path(os.environ.get("CIPHERTUNE_SHARED", ROOT.parent / "shared"))
-    if not (folder / "models").is_dir():
-        pytest.skip(f"no real models in {folder}")
-    return folder
 
 
 @pytest.fixture(scope="session")

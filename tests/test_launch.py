@@ -91,8 +91,7 @@ def test_ciphertune_run_exits_1_and_says_why_when_the_run_fails(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_ending_ciphertune_run_ends_every_process_it_started(tmp_path: Path, how: signal.Signals) -> None:
+def test_ending_ciphertune_run_ends_every_process_it_started(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ciphertune.cli", "run", "--runs-dir", str(tmp_path), "name=cut", *SMALL]
     environment = os.environ | {"CIPHERTUNE_TEST_MARK": str(tmp_path)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -101,9 +100,9 @@ def test_ending_ciphertune_run_ends_every_process_it_started(tmp_path: Path, how
         if "client-0" in line:
             break
     assert len(_marked(str(tmp_path))) > 3
-    process.send_signal(how)
+    process.terminate()
     assert process.wait(60) == 130
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 15
     while (left := _marked(str(tmp_path))) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert left == []

@@ -38,7 +38,7 @@ def test_an_encoder_learns_sentiment() -> None:
     )
     model = load(settings, rank=8, labels=data.labels, device="cpu")
     found = load_client_data(data, settings, model.tokenizer, client=0, clients=1)
-    training = TrainingSettings(steps=200, batch_size=16, learning_rate=1e-3, threads=1)
+    training = TrainingSettings(steps=120, batch_size=16, learning_rate=1e-3, threads=1)
     before = evaluate(model, found.heldout, training)
     result = train(model, found.train, training, seed=0)
     after = evaluate(model, found.heldout, training)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import ciphertune
 from ciphertune.errors import CiphertuneError
 
 
@@ -33,10 +34,16 @@ def _interrupt(*_: object) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
-    root = argparse.ArgumentParser(prog="ciphertune", description=__import__("ciphertune").__doc__)
+    root = argparse.ArgumentParser(prog="ciphertune", description=ciphertune.__doc__)
     commands = root.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run a federation: simulated here, or on a SuperLink with --superlink")
+    run = commands.add_parser(
+        "run",
+        help="run a federation: simulated here, or on a SuperLink with --superlink",
+        description="Run a federation. Without overrides: four simulated labs, everything encrypted, on embedded text.",
+        epilog="Choices are the files of conf/method, conf/model, conf/data, conf/crypto, conf/federation, conf/training "
+        "and conf/experiment (method=fedavg, experiment=smoke); any setting is group.key=value (federation.rounds=4).",
+    )
     run.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=fedavg federation.rounds=4")
     run.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
     run.add_argument(

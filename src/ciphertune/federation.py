@@ -13,6 +13,7 @@ from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
 from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
+from ciphertune.node import NAME
 from ciphertune.plan import FACTORS, HeadShape, LayerShape, Plan
 from ciphertune.ranks import Contributor
 from ciphertune.settings import Settings
@@ -20,7 +21,6 @@ from ciphertune.versions import code_digest
 
 _MAX_EXAMPLES = 10**9
 _HEX = re.compile(r"[0-9a-f]{16,64}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError("the client's greeting is not readable") from error
     digests = (hello.parameters, hello.settings, hello.code, hello.initial)
-    if not _NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
+    if not NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
         raise FormatError("the client's greeting is not readable")
     for what, count in (("training", hello.samples), ("held-out", hello.heldout)):
         if not 1 <= count <= _MAX_EXAMPLES:

@@ -25,6 +25,8 @@ KEYS = (
     "allow-clear",
 )
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder
+
 
 @dataclass(frozen=True)
 class NodeSettings:
@@ -80,7 +82,7 @@ def node_settings(
     clients = settings.federation.clients
     default = clients[index % len(clients)] if index >= 0 else ClientSettings(rank=settings.model.rank)
     name = str(config.get("name", f"client-{index}" if simulated else f"node-{node_id % (1 << 32):08x}"))
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not NAME.fullmatch(name):
         raise SettingsError(f"node setting name={name!r}: use letters, digits, '.', '_' and '-', at most 64 of them")
     folder = run_folder(settings, run_id, str(config.get("run-dir", ""))) / "clients"
     clear = settings.crypto.backend == "clear" or settings.method.select == "none"

@@ -123,12 +123,6 @@ class Scratch:
         os.ftruncate(self._fd, 0)
         return data
 
-    def holding(self, blob: bytes) -> str:
-        """A path under which `blob` can be loaded until the next call."""
-        os.ftruncate(self._fd, 0)
-        Path(self.path).write_bytes(blob)
-        return self.path
-
     def __del__(self) -> None:
         os.ftruncate(self._fd, 0)
         os.close(self._fd)
