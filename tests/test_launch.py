@@ -31,6 +31,11 @@ def ciphertune(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
         (["method=seald"], "unknown method=seald; did you mean sealed? Valid: fedavg, full_he, sealed"),
         (["federation.round=2"], "unknown setting federation.round; did you mean federation.rounds?"),
         (["model.rank=0"], "model.rank=0 is out of range"),
+        (["federation.min_clients=5"], "federation.min_clients=5, but 4 clients are simulated"),
+        (["data=jsonl"], "data=jsonl needs data.path=FILE"),
+        (["model=hf"], "model.name is empty"),
+        (["model=hf", "model.name=/no/such/folder"], "'/no/such/folder' is not a folder on this machine"),
+        (["~model"], "bad override '~model'"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_status_2_before_anything_is_started(
@@ -84,9 +89,11 @@ def test_ciphertune_run_prints_the_table_and_exits_0(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ciphertune_run_exits_1_and_says_why_when_the_run_fails(tmp_path: Path) -> None:
-    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=bad", "federation.min_clients=5", *SMALL)
+    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=bad", "model.targets=[q_prj]", *SMALL)
     assert done.returncode == 1
-    assert "4 of at least 5 clients (federation.min_clients) have joined" in done.stdout
+    assert (
+        "client-0, client-1, client-2, client-3: ModelError: model.targets: 'q_prj' is no linear layer" in done.stdout
+    )
     assert "ended as finished:failed" in done.stderr and "Traceback" not in done.stdout + done.stderr
 
 

@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a federation: simulated here, or on a SuperLink with --superlink",
-        description="Run a federation. Without overrides: four simulated labs, everything encrypted, on embedded text.",
-        epilog="Choices are the files of conf/method, conf/model, conf/data, conf/crypto, conf/federation, conf/training "
-        "and conf/experiment (method=fedavg, experiment=smoke); any setting is group.key=value (federation.rounds=4).",
+        description="Run a federation. Without overrides: four simulated labs, everything encrypted, embedded text.",
+        epilog="Choices are the files of conf/method, conf/model, conf/data, conf/crypto, conf/federation, "
+        "conf/training, conf/experiment (method=fedavg, experiment=smoke). Any setting is group.key=value (federation.rounds=4).",
     )
     run.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=fedavg federation.rounds=4")
     run.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
