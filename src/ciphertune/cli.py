@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "run",
         help="run a federation: simulated here, or on a SuperLink with --superlink",
         description="Run a federation. Without overrides: four simulated labs, everything encrypted, embedded text.",
-        epilog="Choices are the files of conf/method, conf/model, conf/data, conf/crypto, conf/federation, "
-        "conf/training, conf/experiment (method=fedavg, experiment=smoke). Any setting is group.key=value (federation.rounds=4).",
+        epilog="Choices are the files in conf/method, model, data, crypto, federation, training and experiment: "
+        "method=fedavg, experiment=smoke. Any setting is group.key=value: federation.rounds=4.",
     )
     run.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. method=fedavg federation.rounds=4")
     run.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
