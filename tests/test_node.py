@@ -81,3 +81,8 @@ def test_a_real_node_refuses_to_send_in_the_clear_unless_it_was_started_to(metho
         with pytest.raises(SettingsError, match="in the clear: it refuses unless"):
             node_settings(clear, refused, 7, node_id=99)
     assert not node_settings(clear, {**config, "allow-clear": True}, 7, node_id=99).simulated
+
+
+def test_a_simulation_of_more_nodes_than_the_federation_lists_has_as_many_clients() -> None:
+    found = node({"partition-id": 5, "num-partitions": 6})
+    assert (found.clients, found.index, found.rank, found.name) == (6, 5, 4, "client-5")

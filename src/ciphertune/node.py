@@ -80,27 +80,19 @@ def node_settings(
     simulated = is_simulated(config)
     index = client if simulated and client is not None else _number(config, "partition-id", int, -1)
     clients = settings.federation.clients
+    parts = _number(config, "num-partitions", int, len(clients))
     default = clients[index % len(clients)] if index >= 0 else ClientSettings(rank=settings.model.rank)
     name = str(config.get("name", f"client-{index}" if simulated else f"node-{node_id % (1 << 32):08x}"))
     if not NAME.fullmatch(name):
         raise SettingsError(f"node setting name={name!r}: use letters, digits, '.', '_' and '-', at most 64 of them")
     folder = run_folder(settings, run_id, str(config.get("run-dir", ""))) / "clients"
-    clear = settings.crypto.backend == "clear" or settings.method.select == "none"
-    if clear and not simulated and config.get("allow-clear") is not True:
-        raise SettingsError(
-            f"method={settings.method.name} with crypto={settings.crypto.backend} would send this node's update in the "
-            "clear: it refuses unless it was started with --node-config 'allow-clear=true'"
-        )
     key_file = str(config.get("key-file", default.key_file))
-    if not key_file and not simulated and settings.crypto.backend != "clear":
-        raise SettingsError(
-            "this node has no key file: make one with `ciphertune keys create --out FILE`, hand it to every client, "
-            "and start the node with --node-config 'key-file=\"FILE\"'"
-        )
+    if not simulated:
+        _check_protection(settings, config, key_file)
     node = NodeSettings(
         name=name,
         index=index,
-        clients=len(clients) if simulated else _number(config, "num-partitions", int, len(clients)),
+        clients=max(len(clients), parts) if simulated else parts,
         rank=_number(config, "rank", int, default.rank),
         budget=_number(config, "budget", float, default.budget),
         data_path=str(config.get("data-path", default.data_path)),
@@ -115,6 +107,21 @@ def node_settings(
     if not 0.0 <= node.budget <= 1.0:
         raise SettingsError(f"node setting budget={node.budget} is out of range: want 0 to 1")
     return node
+
+
+def _check_protection(settings: Settings, config: Mapping[str, Any], key_file: str) -> None:
+    """A real node sends nothing in the clear unless its owner said so, and has a key. Raises SettingsError."""
+    clear = settings.crypto.backend == "clear" or settings.method.select == "none"
+    if clear and config.get("allow-clear") is not True:
+        raise SettingsError(
+            f"method={settings.method.name} with crypto={settings.crypto.backend} would send this node's update in the "
+            "clear: it refuses unless it was started with --node-config 'allow-clear=true'"
+        )
+    if not key_file and settings.crypto.backend != "clear":
+        raise SettingsError(
+            "this node has no key file: make one with `ciphertune keys create --out FILE`, hand it to every client, "
+            "and start the node with --node-config 'key-file=\"FILE\"'"
+        )
 
 
 def _number(config: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
