@@ -442,3 +442,20 @@ def test_a_classifier_is_tuned_with_its_head_averaged_under_encryption(lab: Lab,
         for name in names:
             mean = sum(w * u[name].astype(np.float64) for w, u in zip(weights, updates, strict=True)) / weights.sum()
             assert np.allclose(received[name], mean, atol=1e-6)
+
+
+def test_a_hub_data_set_divided_by_a_natural_id_is_tuned_on(lab: Lab, tmp_path: Path) -> None:
+    """The real loading code on a folder in the hub's layout: one site per client."""
+    from tiny import SENTENCES, write_lines
+
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    rows = [{"text": t, "site": f"site-{i % 4}"} for i, t in enumerate(SENTENCES * 3)]
+    write_lines(hub / "train.jsonl", rows)
+    run = lab(
+        f"data=hf data.dataset={hub} data.partition=natural data.partition_by=site data.heldout_path='' "
+        "data.heldout_fraction=0.3 federation.rounds=1"
+    )
+    found = summary(run)
+    assert found["status"] == "completed"
+    assert [n["samples"] for n in found["nodes"].values()] == [4, 4, 4, 4]
