@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=ROOT / "benchmarks/runs")
     parser.add_argument("overrides", nargs="*", help="more overrides for every row")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     files = [f"model.name={options.model}", f"data.path={options.train}", f"data.heldout_path={options.test}"]
     rows: dict[str, Any] = {}
     for name, overrides in ROWS.items():
