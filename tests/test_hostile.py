@@ -302,6 +302,10 @@ before = total.release(2)
 context = secret.public.context
 seal_context = context.seal_context().data
 scratch = Scratch()
+def held(blob):
+    with open(scratch.path, "wb") as file:
+        file.write(blob)
+    return scratch.path
 body = hostile[118:-32]
 vector = secret.public.vectors(body)[0]
 ciphertext = vector.ciphertext()[0]
@@ -315,10 +319,10 @@ plain = zstandard.ZstdDecompressor().decompressobj().decompress(raw[16:]) if raw
 huge = bytearray(plain)
 struct.pack_into("<Q", huge, 33, 2**40)
 three = seal.Ciphertext()
-three.load(seal_context, scratch.holding(raw))
+three.load(seal_context, held(raw))
 three.resize(seal_context, 3)
 other_scale = seal.Ciphertext()
-other_scale.load(seal_context, scratch.holding(raw))
+other_scale.load(seal_context, held(raw))
 other_scale.scale = 2.0**10
 packer, zeros = zstandard.ZstdCompressor().compressobj(), bytes(1 << 20)
 bomb = header(2, b"".join(packer.compress(zeros) for _ in range(1024)) + packer.flush())
