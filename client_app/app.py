@@ -71,6 +71,12 @@ def join(message: Message, context: Context) -> Message:
     return answer(message, context, "join")
 
 
+@app.query("wish")
+def wish(message: Message, context: Context) -> Message:
+    """Negotiation: take the last means, score the columns of A, name those to encrypt."""
+    return answer(message, context, "wish")
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round: take the last means, evaluate, train, seal."""

@@ -5,6 +5,7 @@ Replies are taken one at a time and added as they come, so that memory stays at 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -17,11 +18,12 @@ from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
 from ciphertune.runs import ServerFolder
-from ciphertune.scores import Score, lines_of_table, mean, report_of, show
+from ciphertune.scores import Score, lines_of_table, mean, report_of, seconds_of, show
 from ciphertune.settings import Settings
-from ciphertune.split import counts
+from ciphertune.task import Terms
 from server_app.door import Door
 from server_app.mail import exchange, open_reply, say
+from server_app.table import Table
 
 
 class EncryptedLora(Strategy):
@@ -32,6 +34,7 @@ class EncryptedLora(Strategy):
         self.federation = Federation(settings, run)
         self.ledger = Ledger(settings, folder)
         self.door = Door(settings, self.federation)
+        self.table = Table(settings, self.federation)
         self._chosen: list[Member] = []  # whom the messages of the current exchange go to
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
@@ -74,6 +77,8 @@ class EncryptedLora(Strategy):
         for round_ in range(num_rounds):
             self.door.greet_new(grid)
             started = time.perf_counter()
+            if self.table.due(round_, online := self.door.online(grid)):
+                self._negotiate(grid, round_, online, timeout)
             replies = self.stream(grid, self.configure_train(round_, initial_arrays, nothing, grid), timeout)
             metrics = self.aggregate_train(round_, replies)[1]
             result.train_metrics_clientapp[round_ + 1] = metrics or MetricRecord()
@@ -100,7 +105,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._chosen = self.federation.sample(self.door.wait_for_enough(grid))
+        self._chosen = self.federation.sample(self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = sum(m.hello.samples for m in self._chosen)
         messages = []
@@ -129,7 +134,7 @@ class EncryptedLora(Strategy):
         aggregate = self.federation.close_round(self._sum)
         assert self.federation.session is not None
         self.folder.aggregate(server_round, wire.encode(aggregate, self.federation.session))
-        self.ledger.aggregated(server_round, seconds + time.perf_counter() - started)
+        self.ledger.aggregated(server_round, seconds + time.perf_counter() - started, **self._sum.extra)
         before = mean(self._scores_before)
         return None, MetricRecord({"heldout_loss": before.loss}) if before else None
 
@@ -162,6 +167,28 @@ class EncryptedLora(Strategy):
         assert overall is not None
         return MetricRecord({"heldout_loss": overall.loss})
 
+    def _negotiate(self, grid: Grid, round_: int, online: list[Member], timeout: float) -> None:
+        """Ask the clients which columns they want encrypted, and make the plan from their answers."""
+        self._chosen = online
+        messages, down = zip(*(self._task(member, "query.wish", round_, 0) for member in online), strict=True)
+        sent = dict(zip((m.name for m in online), down, strict=True))
+        wishes = []
+        for reply in self.stream(grid, messages, timeout):
+            member = self._asked[reply.metadata.reply_to_message_id]
+            try:
+                values, _ = open_reply(reply)
+                wishes.append(self.table.wish(member, values))
+                self.ledger.stages(round_, member, seconds_of(values))
+                self.ledger.negotiated(round_, member, len(json.dumps(values["columns"])), sent[member.name])
+                member.have = max(member.have, round_ - 1)
+            except CiphertuneError as error:
+                say(f"negotiation: left out {member.name}: {error}")
+                member.have = -1
+        outcome = self.table.settle(round_, online, wishes)
+        if outcome:
+            assert self.federation.session is not None
+            self.folder.plan(self.federation.session.plan, self.federation.members, negotiation=outcome)
+
     def compare(self, grid: Grid, timeout: float) -> None:
         """Every client trains alone for as many steps, from the same start."""
         say("for comparison: every client alone, the same number of steps")
@@ -173,7 +200,9 @@ class EncryptedLora(Strategy):
 
     def _counts(self, message: wire.Message) -> tuple[int, int]:
         assert self.federation.session is not None
-        clear, secret = map(sum, counts(self.federation.session.plan, message.factors, message.rank))
+        plan = self.federation.session.plan
+        found = wire.counts(plan, message.kind, message.factors, message.rank, message.contributors)
+        clear, secret = map(sum, found)
         return (clear, secret) if self.federation.session.public.encrypts else (clear + secret, 0)
 
     # --- messages -------------------------------------------------------------------------------------------------
@@ -181,7 +210,10 @@ class EncryptedLora(Strategy):
     def _task(self, member: Member, kind: str, round_: int, total: int, *, send: bool = True) -> tuple[Message, int]:
         assert self.federation.session is not None
         aggregates = self.federation.catch_up(member) if send else []
-        payload = [wire.encode(m, self.federation.session) for m in aggregates]
+        payload = [wire.encode(m, link) for m, link in aggregates]
+        plans = [self.federation.session.plan, *(link.plan for _, link in aggregates)]
+        distinct = list(dict.fromkeys(plans))  # the current one first
+        terms = [Terms.of(plan).plain() for plan in distinct]
         values = {
             **self.door.greeting(),
             "client": member.hello.client,
@@ -189,12 +221,13 @@ class EncryptedLora(Strategy):
             "rounds": self.settings.federation.rounds,
             "sender": member.number,
             "total": total,
-            "tiers": self.federation.session.plan.tiers,
+            "terms": terms,
             "base": member.have,
-            "aggregates": [[m.round, m.rank] for m in aggregates],
+            "aggregates": [[m.round, m.rank, distinct.index(link.plan)] for m, link in aggregates],
         }
+        named = sum(len(json.dumps(t["columns"])) for t in terms if t["columns"])
         message = Message(flower.pack(values, payload), member.hello.node_id, kind, group_id=str(round_))
-        return message, sum(map(len, payload))
+        return message, named + sum(map(len, payload))
 
     def stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Replies as they come, for at most `timeout` seconds; `_asked` says whose each one is."""
@@ -210,7 +243,7 @@ class EncryptedLora(Strategy):
                 values, _ = open_reply(reply)
                 report = report_of(values, member.hello.heldout, self.settings.model.max_length)
                 found[member.name] = report.score
-                self.ledger.stages(round_, member, report)
+                self.ledger.stages(round_, member, report.seconds)
                 say(f"  {member.name} {stage}: held-out {show(found[member.name])}")
             except CiphertuneError as error:
                 say(f"{stage}: left out {member.name}: {error}")

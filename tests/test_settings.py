@@ -10,7 +10,8 @@ from conftest import CONF
 
 from ciphertune.errors import SettingsError
 from ciphertune.run_config import settings_of
-from ciphertune.settings import Settings, check, compose
+from ciphertune.checks import check
+from ciphertune.settings import Settings, compose
 
 CHOICES = [
     f"{folder.name}={file.stem}"

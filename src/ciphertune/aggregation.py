@@ -1,6 +1,7 @@
 """Aggregation on the server: additions of what it cannot read. Each rule states what it needs.
 
-`separate`: the factors are summed apart. Needs no multiplication and no level; weights were applied by the clients.
+`separate` (here): the factors are summed apart. Needs no multiplication and no level; weights were applied by the
+clients. `product` (product.py): sums of products, in a basis that all clients share.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
@@ -32,15 +34,16 @@ class SeparateSum:
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         wire.check_contributors((*self._contributors.values(), who), self._total, self._session.plan)
-        expected = wire.Expected(wire.UPDATE, self._round, sender, who.rank, self._total, who.samples)
-        message = wire.decode(data, self._session, expected)
-        clear = parse(message.clear, self._session.clear.dtype)  # both parts are good before either is added
-        if clear.size and float(np.abs(clear).max()) > self._session.bound:
-            raise FormatError(f"the clear part holds values above crypto.bound={self._session.bound:g}")
+        message, _ = opened(data, self._session, self._round, sender, who, self._total)  # before either part is added
         self._secret.add(message.secret)
         self._clear.add(message.clear)
         self._contributors[sender] = who
         return message
+
+    @property
+    def extra(self) -> dict[str, dict[str, float]]:
+        """What to write down about the round: sums are exact."""
+        return {}
 
     @property
     def contributors(self) -> int:
@@ -53,10 +56,7 @@ class SeparateSum:
         Raises FederationError when fewer than `minimum` contributed at all: the sum of one update *is* that update.
         """
         if self.contributors < max(1, minimum):
-            raise FederationError(
-                f"round {self._round}: {self.contributors} usable updates, fewer than federation.min_contributors="
-                f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
-            )
+            raise too_few(self._round, self.contributors, minimum)
         people = tuple(self._contributors[s] for s in sorted(self._contributors))
         whole = wire.Message(
             kind=wire.AGGREGATE,
@@ -72,8 +72,30 @@ class SeparateSum:
         return cut(whole, self._session, sorted((c.rank for c in people), reverse=True)[max(1, minimum) - 1])
 
 
+def opened(
+    data: bytes, session: wire.Session, round_: int, sender: int, who: Contributor, total: int
+) -> tuple[wire.Message, npt.NDArray[np.float64]]:
+    """An update and the values of its clear part, all within the bound. Raises WireError."""
+    expected = wire.Expected(wire.UPDATE, round_, sender, who.rank, total, who.samples, who.tier)
+    message = wire.decode(data, session, expected)
+    clear = parse(message.clear, session.clear.dtype)
+    if clear.size and float(np.abs(clear).max()) > session.bound:
+        raise FormatError(f"the clear part holds values above crypto.bound={session.bound:g}")
+    return message, clear
+
+
+def too_few(round_: int, found: int, minimum: int) -> FederationError:
+    """Why an aggregate is not released."""
+    return FederationError(
+        f"round {round_}: {found} usable updates, fewer than federation.min_contributors="
+        f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
+    )
+
+
 def cut(message: wire.Message, session: wire.Session, rank: int) -> wire.Message:
-    """The aggregate as a client that shares `rank` components needs it: a prefix of both parts."""
+    """The aggregate as a client that shares `rank` components needs it: a prefix of both parts, or all of a product."""
+    if session.plan.aggregate == "product":
+        return message
     rank = min(rank, message.rank)
-    clear, secret = wire.sizes(session, message.factors, rank)
+    clear, secret = wire.sizes(session, message.kind, message.factors, rank, message.contributors)
     return replace(message, rank=rank, clear=message.clear[:clear], secret=message.secret[:secret])

@@ -19,17 +19,30 @@ def public_part(crypto: CryptoSettings) -> PublicPart:
 
 
 def make_plan(
-    settings: Settings, layers: tuple[LayerShape, ...], heads: tuple[HeadShape, ...], tiers: tuple[int, ...]
+    settings: Settings,
+    layers: tuple[LayerShape, ...],
+    heads: tuple[HeadShape, ...],
+    tiers: tuple[int, ...],
+    budgets: tuple[float, ...] = (),
+    columns: tuple[tuple[int, ...], ...] = (),
 ) -> Plan:
-    """The plan that follows from the settings and the shapes of the model. Every party makes the same one."""
+    """The plan that follows from the settings, the shapes of the model, and what was negotiated: tiers of ranks and
+    of budgets, and the codes of the columns to encrypt. Every party makes the same one. Raises FormatError.
+    """
+    method = settings.method
+    cap = method.rank_cap or max(tiers) * (2 if method.select == "negotiated" else 1)
     return Plan(
         layers=layers,
         heads=heads,
         scale=settings.model.alpha / settings.model.rank,
         tiers=tiers,
-        share=settings.method.share,
-        select=settings.method.select,
-        fit_rank=settings.method.fit_rank,
+        share=method.share,
+        select=method.select,
+        fit_rank=method.fit_rank,
+        aggregate=method.aggregate,
+        rank_cap=cap if method.aggregate == "product" else 0,
+        budgets=budgets,
+        columns=columns,
     )
 
 

@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ciphertune import exchange, wire
+from ciphertune import exchange, wire, wishes
 from ciphertune.adapter import Adapter
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import FormatError, PlanMismatchError, SettingsError
+from ciphertune.errors import PlanMismatchError, SettingsError
 from ciphertune.lm import cache as lm_cache
 from ciphertune.lm import data as lm_data
 from ciphertune.lm import evaluate as lm_evaluate
@@ -34,37 +35,10 @@ from ciphertune.progress import Progress
 from ciphertune.settings import Settings
 from ciphertune.split import keep_own
 from ciphertune.state import load_state, record, save_state
+from ciphertune.task import Task, Terms, parse_task
 from ciphertune.versions import code_digest, versions
 
 _STATE = "state/adapter.safetensors"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the server asks of a client in one message. Public; it comes over the wire."""
-
-    round: int
-    sender: int  # the number the server gave this client
-    total: int  # samples of all clients asked
-    tiers: tuple[int, ...]  # of the plan
-    base: int  # the round whose mean the server believes this client to hold, -1 for none
-    aggregates: tuple[tuple[int, int], ...]  # (round, rank) of each aggregate that comes along, oldest first
-    rounds: int
-
-
-def task(values: dict[str, Any]) -> Task:
-    """The task in a message. Raises FormatError."""
-    try:
-        numbers = {k: int(values[k]) for k in ("round", "sender", "total", "base", "rounds")}
-        tiers = tuple(int(t) for t in values["tiers"])
-        aggregates = tuple((int(r), int(k)) for r, k in values["aggregates"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError("the server's task is not readable") from error
-    found = Task(tiers=tiers, aggregates=aggregates, **numbers)
-    counted = (found.round, found.sender, found.rounds, *(x for pair in aggregates for x in pair))
-    if not all(0 <= n < 2**32 for n in counted) or not 0 <= found.total < 2**63:
-        raise FormatError("the server's task holds impossible numbers")
-    return found
 
 
 @dataclass
@@ -86,10 +60,21 @@ class Client:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def plan(self, tiers: tuple[int, ...]) -> Plan:
-        """The plan that follows from this client's own settings: no server can make it send in the clear."""
+    def plan(self, terms: Terms) -> Plan:
+        """The plan that follows from this client's own settings and model: the server's say is in the terms alone."""
         layers, heads = shapes(self.model.read())
-        return make_plan(self.settings, layers, heads, tiers)
+        return make_plan(self.settings, layers, heads, terms.tiers, terms.budgets, terms.columns)
+
+    def session(self, plan: Plan) -> wire.Session:
+        """What all messages under this plan have in common."""
+        return session(self.settings, plan, run=self.run, key_fingerprint=self.secret.fingerprint)
+
+    @cached_property
+    def budget(self) -> float:
+        """The share of the columns of A that this client encrypts, where the method negotiates them."""
+        if self.settings.method.select != "negotiated":
+            return 0.0
+        return wishes.budget_of(self.node, self.run, shapes(self.model.read())[0], self.secret)
 
 
 def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
@@ -134,13 +119,16 @@ def _part(settings: Settings, node: NodeSettings) -> int:
 def handle(
     what: str, client: Client, values: dict[str, Any], received: Sequence[bytes]
 ) -> tuple[dict[str, Any], list[bytes]]:
-    """Answer one message: join | train | evaluate | alone. Returns the report and what travels."""
+    """Answer one message: join | wish | train | evaluate | alone. Returns the report and what travels."""
     if what == "join":
         return join(client), []
+    task = parse_task(values)
     if what == "train":
-        update, report = train_round(client, task(values), received)
+        update, report = train_round(client, task, received)
         return report, [update]
-    return (finish(client, task(values), received) if what == "evaluate" else alone(client, task(values).rounds)), []
+    if what == "wish":
+        return wish(client, task, received), []
+    return (finish(client, task, received) if what == "evaluate" else alone(client, task.rounds)), []
 
 
 def shapes(adapter: Adapter) -> tuple[tuple[LayerShape, ...], tuple[HeadShape, ...]]:
@@ -158,6 +146,7 @@ def join(client: Client) -> dict[str, Any]:
         "index": client.node.index,
         "simulated": client.node.simulated,
         "rank": client.node.rank,
+        "budget": client.budget,
         "samples": len(client.data.train),
         "heldout": len(client.data.heldout),
         "data": client.data.description if client.node.simulated else "",
@@ -172,12 +161,30 @@ def join(client: Client) -> dict[str, Any]:
     }
 
 
+def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
+    """Score the columns of A on this client's own examples, and name those it wants encrypted, by their codes."""
+    client.model.write(_catch_up(client, task, received)[0])
+    method, plan = client.settings.method, client.plan(task.terms)
+    with client.timed("score"):
+        kind = method.first_score if task.round == 0 else method.score
+        found = wishes.score_columns(
+            kind, client.model, client.data, client.settings, plan.layers, seed=seed(client, task.round)
+        )
+        codes = exchange.codes_of(client.session(plan), client.secret)
+        wishes.keep_scores(client.node.folder, client.run, found)
+    return {"columns": wishes.wish(found, codes, client.budget), "seconds": client.seconds}
+
+
 def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
     adapter, at = _catch_up(client, task, received)
     client.model.write(adapter)
     report = _evaluate(client)
-    plan = client.plan(task.tiers)
+    plan = client.plan(task.terms)
+    tier, link = wishes.agreed_tier(plan, client.budget), client.session(plan)
+    if plan.budgets:
+        codes = exchange.codes_of(link, client.secret)
+        wishes.tell_coverage(client.node, client.run, plan, client.budget, codes)
     factors = plan.factors(task.round)
     client.model.freeze("" if len(factors) == 2 else "a" if factors == ("b",) else "b")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
@@ -187,7 +194,10 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             client.data.train,
             client.settings.training,
             seed=seed(client, task.round),
-            state=client.node.folder / "state" / f"optimizer-{client.run:x}.safetensors",
+            # a product gives every client new factors, to which the moments of the old ones mean nothing
+            state=None
+            if plan.aggregate == "product"
+            else client.node.folder / "state" / f"optimizer-{client.run:x}.safetensors",
             progress=progress,
         )
     update = client.model.read()
@@ -197,12 +207,13 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     with client.timed("seal"):
         data = exchange.seal(
             update,
-            session(client.settings, plan, run=client.run, key_fingerprint=client.secret.fingerprint),
+            link,
             client.secret,
             round_=task.round,
             sender=task.sender,
             samples=len(client.data.train),
             total=task.total,
+            tier=tier,
         )
     if plan.shared(adapter.rank) < adapter.rank:
         save_state(client.node.folder / _STATE, own, run=client.run, round_=at)
@@ -255,12 +266,11 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
         raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
     if len(task.aggregates) != len(received):
         raise PlanMismatchError(f"{len(received)} aggregates came along where {len(task.aggregates)} were announced")
-    link = session(client.settings, client.plan(task.tiers), run=client.run, key_fingerprint=client.secret.fingerprint)
     with client.timed("unseal"):
-        for (round_, rank), data in zip(task.aggregates, received, strict=True):
-            adapter, message = exchange.unseal(data, link, client.secret, round_=round_, rank=rank, base=adapter)
-            _enough(message, client.settings.federation.min_contributors)
-            at = round_
+        for found, data in zip(task.aggregates, received, strict=True):
+            link, at = client.session(client.plan(found.terms)), found.round
+            adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
+            _enough(message, link.plan, client.settings.federation.min_contributors)
     if received:
         save_state(path, adapter, run=client.run, round_=at)
         if client.settings.record_updates:
@@ -268,9 +278,10 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
     return adapter, at
 
 
-def _enough(message: wire.Message, minimum: int) -> None:
+def _enough(message: wire.Message, plan: Plan, minimum: int) -> None:
     """Refuse what an honest server would not have released; a lying one can still name more than there were."""
-    if sum(c.rank >= message.rank for c in message.contributors) < minimum:
+    needed = 1 if plan.aggregate == "product" else message.rank
+    if sum(c.rank >= needed for c in message.contributors) < minimum:
         raise PlanMismatchError(f"the aggregate of round {message.round} has fewer than {minimum} contributors")
 
 

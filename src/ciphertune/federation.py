@@ -6,18 +6,23 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
 from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
+from ciphertune.negotiation import Negotiated, Wish, negotiate
 from ciphertune.node import NAME
 from ciphertune.plan import FACTORS, HeadShape, LayerShape, Plan
+from ciphertune.product import ProductSum
 from ciphertune.ranks import Contributor
+from ciphertune.scores import number
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
+
+RoundSum = SeparateSum | ProductSum
 
 _MAX_EXAMPLES = 10**9
 _HEX = re.compile(r"[0-9a-f]{16,64}")
@@ -31,6 +36,7 @@ class Hello:
     client: int | None  # which client a simulated node plays
     name: str
     rank: int
+    budget: float  # share of the columns of A it encrypts, where the method negotiates them
     samples: int
     heldout: int  # examples
     simulated: bool
@@ -67,6 +73,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             client=client,
             name=values["name"],
             rank=int(values["rank"]),
+            budget=number(values["budget"], 0.0, 1.0),
             samples=int(values["samples"]),
             heldout=int(values["heldout"]),
             simulated=bool(values["simulated"]),
@@ -94,7 +101,8 @@ class Federation:
         self.settings, self.run = settings, run
         self.members: list[Member] = []
         self.session: wire.Session | None = None
-        self._history: list[wire.Message] = []  # oldest first; only what some client might still need
+        # oldest first; only what some client might still need, each with the plan it was made under
+        self._history: list[tuple[wire.Message, Plan]] = []
         self._random = random.Random(settings.seed)  # noqa: S311 - sampling of clients, not a secret
 
     def settle(self, hellos: Sequence[Hello]) -> list[tuple[Hello, str]]:
@@ -127,6 +135,8 @@ class Federation:
         Raises FederationError when the clients are fewer than that.
         """
         enough = self.settings.federation.min_contributors
+        if self.settings.method.aggregate == "product" and len(present) >= enough:
+            return tuple(sorted(set(present)))  # every component of everybody is in the one sum
         tiers = tuple(t for t in sorted(set(present)) if sum(r >= t for r in present) >= enough)
         if not tiers:
             raise FederationError(
@@ -168,6 +178,25 @@ class Federation:
             known.hello, known.have = hello, -1
         return known
 
+    def negotiate(self, wishes: Sequence[Wish]) -> Negotiated:
+        """Make the plan anew with the columns that follow from these wishes. Raises FederationError for too few."""
+        assert self.session is not None
+        if len(wishes) < self.settings.federation.min_contributors:
+            raise FederationError(
+                f"{len(wishes)} clients said which columns they want encrypted, fewer than "
+                f"federation.min_contributors={self.settings.federation.min_contributors}"
+            )
+        plan = self.session.plan
+        found = negotiate([x.n for x in plan.layers], wishes)
+        self.session = replace(self.session, plan=replace(plan, budgets=found.budgets, columns=found.columns))
+        return found
+
+    def covered(self, member: Member) -> bool:
+        """Whether the plan has a budget as large as this member's."""
+        assert self.session is not None
+        plan = self.session.plan
+        return plan.select != "negotiated" or member.hello.budget <= max(plan.budgets, default=-1.0)
+
     def sample(self, available: Sequence[Member]) -> list[Member]:
         """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""
         federation = self.settings.federation
@@ -175,40 +204,44 @@ class Federation:
         chosen = self._random.sample(list(available), min(wanted, len(available)))
         return sorted(chosen, key=lambda m: m.number)
 
-    def open_round(self, round_: int, chosen: Sequence[Member]) -> SeparateSum:
+    def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
         """An empty sum for the round."""
         assert self.session is not None
-        return SeparateSum(self.session, round_, sum(m.hello.samples for m in chosen))
+        kind = ProductSum if self.session.plan.aggregate == "product" else SeparateSum
+        return kind(self.session, round_, sum(m.hello.samples for m in chosen))
 
-    def close_round(self, sum_: SeparateSum) -> wire.Message:
+    def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
         aggregate = sum_.release(self.settings.federation.min_contributors)
-        self._history.append(aggregate)
         assert self.session is not None
+        self._history.append((aggregate, self.session.plan))
         self._history = _needed(self._history, -1, self.session.plan.tiers[-1])
         return aggregate
 
-    def catch_up(self, member: Member) -> list[wire.Message]:
-        """The aggregates this member lacks, oldest first, each cut to its rank."""
+    def catch_up(self, member: Member) -> list[tuple[wire.Message, wire.Session]]:
+        """The aggregates this member lacks, oldest first, each cut to its rank, and the session each was made in."""
         assert self.session is not None
         rank = self.contributor(member).rank
-        return [cut(m, self.session, rank) for m in _needed(self._history, member.have, rank)]
+        found = [(m, replace(self.session, plan=p)) for m, p in _needed(self._history, member.have, rank)]
+        return [(cut(m, session, rank), session) for m, session in found]
 
     def contributor(self, member: Member) -> Contributor:
-        """What a member's update counts as: the components it shares, and its weight."""
+        """What a member's update counts as: the components it shares, its weight, its tier of budgets."""
         assert self.session is not None
-        return Contributor(self.session.plan.shared(member.hello.rank), member.hello.samples)
+        plan, hello = self.session.plan, member.hello
+        tier = plan.tier(hello.budget) if self.covered(member) else 0
+        return Contributor(plan.shared(hello.rank), hello.samples, tier)
 
 
-def _needed(history: Sequence[wire.Message], have: int, rank: int) -> list[wire.Message]:
+def _needed(history: Sequence[tuple[wire.Message, Plan]], have: int, rank: int) -> list[tuple[wire.Message, Plan]]:
     """Those after round `have` that still hold the newest value of some factor's component below `rank`."""
     covered = dict.fromkeys(FACTORS, 0)
-    found: list[wire.Message] = []
-    for message in reversed(history):
-        if message.round <= have:
+    found: list[tuple[wire.Message, Plan]] = []
+    for message, plan in reversed(history):
+        if message.round <= have or (found and plan.aggregate == "product"):  # the last product replaces everything
             break
         if any(min(message.rank, rank) > covered[f] for f in message.factors):
-            found.append(message)
+            found.append((message, plan))
             for factor in message.factors:
                 covered[factor] = max(covered[factor], min(message.rank, rank))
     return found[::-1]

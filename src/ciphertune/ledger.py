@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from ciphertune import wire
@@ -21,6 +22,8 @@ class Ledger:
         self._members: dict[str, Member] = {}
         self._up: dict[int, dict[str, int]] = defaultdict(dict)  # round -> client -> bytes
         self._down: dict[int, dict[str, int]] = defaultdict(dict)
+        self._asked: dict[int, int] = defaultdict(int)  # round -> clients asked to train, and updates that were usable
+        self._added: dict[int, int] = defaultdict(int)
         self._values = [0, 0]  # clear, encrypted
         self._seconds: dict[str, float] = defaultdict(float)
         self._before: dict[int, Score | None] = {}
@@ -33,7 +36,18 @@ class Ledger:
     def asked(self, round_: int, member: Member, size_: int) -> None:
         """A client was asked to train, with that many bytes of aggregates."""
         self._members[member.name] = member
-        self._down[round_][member.name] = size_
+        self._asked[round_] += 1
+        self._add(self._down, round_, member, size_)
+
+    def negotiated(self, round_: int, member: Member, up: int, down: int) -> None:
+        """A client was asked which columns it wants encrypted: bytes of its answer and of what it was sent."""
+        self._members[member.name] = member
+        self._add(self._up, round_, member, up)
+        self._add(self._down, round_, member, down)
+        self._folder.line(round_, "negotiation", member.name, bytes_up=up, bytes_down=down)
+
+    def _add(self, sizes: dict[int, dict[str, int]], round_: int, member: Member, size_: int) -> None:
+        sizes[round_][member.name] = sizes[round_].get(member.name, 0) + size_
 
     def update(
         self, round_: int, member: Member, report: Report, message: wire.Message, values: tuple[int, int], size_: int
@@ -42,10 +56,11 @@ class Ledger:
         clear, encrypted = values
         self._values[0] += clear
         self._values[1] += encrypted
-        self._up[round_][member.name] = size_
+        self._added[round_] += 1
+        self._add(self._up, round_, member, size_)
         if round_ == 0:
             self._base[member.name] = report.score
-        self.stages(round_, member, report)
+        self.stages(round_, member, report.seconds)
         payload = len(message.clear) + len(message.secret)
         self._folder.line(
             round_,
@@ -63,22 +78,22 @@ class Ledger:
             train_loss=report.train_loss,
         )
 
-    def stages(self, round_: int, member: Member, report: Report) -> None:
+    def stages(self, round_: int, member: Member, spent: Mapping[str, float]) -> None:
         """The seconds a client says it spent, per stage."""
-        for stage, seconds in report.seconds.items():
+        for stage, seconds in spent.items():
             self._seconds[stage] += seconds
             self._folder.line(round_, stage, member.name, seconds=round(seconds, 6))
 
-    def aggregated(self, round_: int, seconds: float) -> None:
-        """The seconds the server took to check and add the updates of a round."""
+    def aggregated(self, round_: int, seconds: float, **extra: Any) -> None:
+        """The seconds the server took to check and add the updates of a round, and what the rule says of itself."""
         self._seconds["aggregate"] += seconds
-        self._folder.line(round_, "aggregate", "server", seconds=round(seconds, 6))
+        self._folder.line(round_, "aggregate", "server", seconds=round(seconds, 6), **extra)
 
     def close_round(self, round_: int, before: Score | None, seconds: float) -> None:
         """A round is over. before: the mean of what the clients measured before they trained in it."""
         self._before[round_] = before
         self._round_seconds.append(seconds)
-        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=len(self._up[round_]))
+        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_])
 
     def round_line(self, round_: int) -> str:
         """One line of progress."""
@@ -89,7 +104,7 @@ class Ledger:
         seconds = mean_round * (left + 0.5 + (rounds if self._settings.federation.compare_local else 0))
         up, down = (_mean(list(x[round_].values())) for x in (self._up, self._down))
         return (
-            f"round {round_ + 1}/{rounds}: {len(self._up[round_])} of {len(self._down[round_])} clients, "
+            f"round {round_ + 1}/{rounds}: {self._added[round_]} of {self._asked[round_]} clients, "
             f"held-out loss before it {show(self._before[round_])}, up {size(up)} down {size(down)} per client, "
             f"{self.encrypted_fraction:.0%} encrypted, {seconds:.0f} s left"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ KEYS = (
     "name",
     "rank",
     "budget",
+    "seconds-per-round",
+    "upstream",
     "data-path",
     "key-file",
     "device",
@@ -36,7 +39,9 @@ class NodeSettings:
     index: int  # which part of a divided data set; -1 when the node does not say
     clients: int
     rank: int
-    budget: float
+    budget: float  # share of the columns of A to encrypt; NaN: from a measured profile and the next two
+    seconds_per_round: float  # that encryption and its upload may take
+    upstream: float  # bytes per second, 0 where not given
     data_path: str
     key_file: Path
     device: str
@@ -94,7 +99,9 @@ def node_settings(
         index=index,
         clients=max(len(clients), parts) if simulated else parts,
         rank=_number(config, "rank", int, default.rank),
-        budget=_number(config, "budget", float, default.budget),
+        budget=_number(config, "budget", float, math.nan if "seconds-per-round" in config else default.budget),
+        seconds_per_round=_number(config, "seconds-per-round", float, 0.0),
+        upstream=_number(config, "upstream", float, 0.0),
         data_path=str(config.get("data-path", default.data_path)),
         key_file=Path(key_file).expanduser() if key_file else folder / "secret.key",
         device=str(config.get("device", default.device)),
@@ -104,17 +111,30 @@ def node_settings(
     )
     if not 1 <= node.rank <= 4096:
         raise SettingsError(f"node setting rank={node.rank} is out of range: want 1 to 4096")
-    if not 0.0 <= node.budget <= 1.0:
-        raise SettingsError(f"node setting budget={node.budget} is out of range: want 0 to 1")
+    _check_budget(node, measured="budget" not in config and "seconds-per-round" in config)
     return node
+
+
+def _check_budget(node: NodeSettings, *, measured: bool) -> None:
+    """Raise SettingsError for a budget that is none, or a time that none can be found for."""
+    if not (measured or 0.0 <= node.budget <= 1.0):
+        raise SettingsError(f"node setting budget={node.budget} is out of range: want 0 to 1")
+    if (measured and not 0.0 < node.seconds_per_round <= 1e6) or not 0.0 <= node.upstream <= 1e12:
+        raise SettingsError(
+            f"node settings seconds-per-round={node.seconds_per_round:g} and upstream={node.upstream:g}: want seconds "
+            "above 0, and bytes per second or nothing"
+        )
 
 
 def _check_protection(settings: Settings, config: Mapping[str, Any], key_file: str) -> None:
     """A real node sends nothing in the clear unless its owner said so, and has a key. Raises SettingsError."""
-    clear = settings.crypto.backend == "clear" or settings.method.select == "none"
-    if clear and config.get("allow-clear") is not True:
+    method, backend = settings.method, settings.crypto.backend
+    if (backend == "clear" or method.select != "all") and config.get("allow-clear") is not True:
+        part = (
+            "B and most columns of A" if method.select == "negotiated" and backend != "clear" else "this node's update"
+        )
         raise SettingsError(
-            f"method={settings.method.name} with crypto={settings.crypto.backend} would send this node's update in the "
+            f"method={method.name} with crypto={backend} would send {part} in the "
             "clear: it refuses unless it was started with --node-config 'allow-clear=true'"
         )
     if not key_file and settings.crypto.backend != "clear":

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
-from ciphertune.errors import FormatError
+from ciphertune.errors import FormatError, PlanMismatchError
 
 Factor = str  # "a" | "b"
 FACTORS: tuple[Factor, ...] = ("a", "b")
@@ -39,6 +40,11 @@ class HeadShape:
         return math.prod(self.shape)
 
 
+def column_count(n: int, budget: float) -> int:
+    """Columns of a layer of `n` that a budget pays for: the nearest number, and at least one above a budget of 0."""
+    return 0 if budget == 0 else min(n, max(1, int(budget * n + 0.5)))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Layers and heads in the order in which they are packed, and the method's choices that shape a message.
@@ -51,10 +57,15 @@ class Plan:
     scale: float  # alpha / r, common to all clients
     tiers: tuple[int, ...]  # ascending; a message holds the components up to one of these
     share: str  # both | alternate | b_only
-    select: str  # none | all
-    fit_rank: str  # nested | pad
+    select: str  # none | all | negotiated
+    fit_rank: str  # nested | pad | svd
+    aggregate: str = "separate"  # separate | product
+    rank_cap: int = 0  # product: largest rank of an aggregate, 0 for none
+    budgets: tuple[float, ...] = ()  # negotiated: ascending; a client encrypts the columns of one of these
+    columns: tuple[tuple[int, ...], ...] = ()  # negotiated: codes per layer; those of a budget are the first ones
 
     def __post_init__(self) -> None:
+        self._check_columns()
         sizes = [d for x in self.layers for d in (x.m, x.n)] + [d for h in self.heads for d in h.shape]
         if (
             len(self.layers) + len(self.heads) > _MAX_LAYERS
@@ -66,11 +77,52 @@ class Plan:
         ):
             raise FormatError("the plan asks for impossible sizes")
 
+    def _check_columns(self) -> None:
+        if not (0 <= self.rank_cap <= _MAX_RANK and len(self.budgets) <= _MAX_TIERS):
+            raise FormatError("the plan asks for impossible sizes")
+        if list(self.budgets) != sorted(set(self.budgets)) or not all(0.0 <= b <= 1.0 for b in self.budgets):
+            raise FormatError("the plan's budgets are not ascending shares")
+        if len(self.columns) != (len(self.layers) if self.budgets else 0):
+            raise FormatError(f"the plan names columns of {len(self.columns)} layers, it has {len(self.layers)}")
+        for layer, codes in zip(self.layers, self.columns, strict=False):
+            if len(codes) != column_count(layer.n, self.budgets[-1]) or len(set(codes)) != len(codes):
+                raise FormatError(f"the plan's columns of layer {layer.name} are not as many as its largest budget")
+            if not all(0 <= c < layer.n for c in codes):
+                raise FormatError(f"the plan names a column that layer {layer.name} does not have")
+
+    def tier(self, budget: float) -> int:
+        """Index of the smallest of the plan's budgets that is no less than `budget`.
+
+        A client never hides fewer columns than it asked for. Raises PlanMismatchError when none is as large.
+        """
+        if not self.budgets:
+            return 0
+        found = next((i for i, b in enumerate(self.budgets) if b >= budget), None)
+        if found is None:
+            raise PlanMismatchError(
+                f"a budget of {budget:g} is above the plan's largest, {self.budgets[-1]:g}: negotiate again"
+            )
+        return found
+
+    def hidden(self, tier: int) -> tuple[int, ...]:
+        """Columns per layer that a client of this tier of budgets encrypts."""
+        if not self.budgets:
+            return (0,) * len(self.layers)
+        return tuple(column_count(x.n, self.budgets[tier]) for x in self.layers)
+
+    def accepts(self, rank: int, tier: int) -> bool:
+        """Whether a contributor of this rank and tier of budgets can be."""
+        known = rank in self.tiers if self.aggregate == "separate" else 1 <= rank <= _MAX_RANK
+        return known and 0 <= tier < max(1, len(self.budgets))
+
     def shared(self, rank: int) -> int:
         """How many components a client of `rank` shares: the largest tier it reaches, 0 when it reaches none.
 
-        What it has above that stays its own: too few clients have as many for an aggregate to be released.
+        What it has above that stays its own: too few clients have as many for an aggregate to be released. A product
+        mixes the components of all clients, so every component takes part in it.
         """
+        if self.aggregate == "product":
+            return rank
         return max((t for t in self.tiers if t <= rank), default=0)
 
     def factors(self, round_: int) -> tuple[Factor, ...]:
@@ -85,6 +137,10 @@ class Plan:
 
     def digest(self) -> bytes:
         """16 bytes over the whole plan."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         return hashlib.sha256(self.to_json().encode()).digest()[:16]
 
     def to_json(self) -> str:
@@ -101,7 +157,10 @@ class Plan:
                 heads=tuple(HeadShape(str(x["name"]), tuple(map(int, x["shape"]))) for x in raw.pop("heads")),
                 scale=float(raw.pop("scale")),
                 tiers=tuple(map(int, raw.pop("tiers"))),
-                **{k: str(raw[k]) for k in ("share", "select", "fit_rank")},
+                **{k: str(raw[k]) for k in ("share", "select", "fit_rank", "aggregate")},
+                rank_cap=int(raw["rank_cap"]),
+                budgets=tuple(map(float, raw["budgets"])),
+                columns=tuple(tuple(map(int, codes)) for codes in raw["columns"]),
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise FormatError("the plan is not readable") from error

@@ -7,6 +7,11 @@ import time
 MARK = "ciphertune |"  # by which `ciphertune run` finds our lines in Flower's log
 
 
+def note(who: str, text: str) -> None:
+    """One line in a client's log."""
+    print(f"{MARK}   {who}: {text}", flush=True)
+
+
 class Progress:
     """Call it once per step; it prints at most one line per `every` seconds."""
 

@@ -1,4 +1,7 @@
-"""Unequal ranks: what the components of an aggregate are divided by, so that each client gets a mean at its rank."""
+"""Unequal ranks: from an aggregate to each client's own rank.
+
+nested, pad: what the components of a sum are divided by.  svd: the best approximation at the client's rank.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ciphertune.adapter import FloatArray, LoraFactors
 from ciphertune.errors import FormatError
 from ciphertune.plan import Factor, Plan
 from ciphertune.split import component_size, head_size
 
+# of the largest singular value: what travels has the precision of float32
+_NEGLIGIBLE = 1e-6
+
 
 @dataclass(frozen=True)
 class Contributor:
-    """One client's part in a round: its rank and its weight (training samples)."""
+    """One client's part in a round: its rank, its weight (training samples) and its place among the plan's budgets."""
 
     rank: int
     samples: int
+    tier: int = 0
 
 
 def divisors(plan: Plan, contributors: Sequence[Contributor], total: int, rank: int) -> npt.NDArray[np.float64]:
@@ -50,3 +58,19 @@ def to_mean(
         raise FormatError("the aggregate holds components that none of its contributors has")
     everyone = sum(c.samples for c in contributors) / total
     return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))
+
+
+def reparameterise(q: FloatArray, m: FloatArray, base: LoraFactors) -> LoraFactors:
+    """The best factors of ``q @ m`` at the rank and scale of `base` (SHE-LoRA, arXiv 2505.21051; FlexLoRA 2402.11505).
+
+    q: (m, R) with orthonormal columns.  m: (R, n).  With the thin SVD m = U S V^T: B = q U S^(1/2) / scale,
+    A = S^(1/2) V^T, cut to the rank. No (m, n) array is formed. A component whose singular value is only rounding would
+    stay near zero for ever, its gradient with it: it keeps `base`'s row of A, and gets B = 0.
+    """
+    u, s, vt = np.linalg.svd(m.astype(np.float64), full_matrices=False)
+    alive = int((s[: base.rank] > s[0] * _NEGLIGIBLE).sum()) if s.size else 0
+    root = np.sqrt(s[:alive])
+    a, b = base.a.astype(np.float64), np.zeros(base.b.shape)
+    a[:alive] = root[:, None] * vt[:alive]
+    b[:, :alive] = (q.astype(np.float64) @ u[:, :alive]) * root / base.scale
+    return LoraFactors(a.astype(base.a.dtype), b.astype(base.b.dtype), base.scale)

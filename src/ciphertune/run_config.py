@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ciphertune.settings import Settings, check, compose
+from ciphertune.checks import check
+from ciphertune.settings import Settings, compose
 
 
 def settings_of(conf: Path, run_config: Mapping[str, Any]) -> Settings:

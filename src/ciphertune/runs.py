@@ -32,12 +32,12 @@ class ServerFolder:
         write(self.path / "settings.yaml", text.encode())
         write_json(self.path / "versions.json", versions())
 
-    def plan(self, plan: Plan, members: Sequence[Member]) -> None:
-        """The plan and who takes part."""
-        people = [
-            {"number": m.number, "name": m.name, "rank": m.hello.rank, "samples": m.hello.samples} for m in members
-        ]
-        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": people, **asdict(plan)})
+    def plan(self, plan: Plan, members: Sequence[Member], negotiation: Mapping[str, Any] | None = None) -> None:
+        """The plan, who takes part, and where columns were negotiated what each client got of what it asked for."""
+        shown = ("name", "rank", "samples", "budget") if plan.select == "negotiated" else ("name", "rank", "samples")
+        people = [{"number": m.number, **{k: getattr(m.hello, k) for k in shown}} for m in members]
+        extra = {"negotiation": negotiation} if negotiation else {}
+        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": people, **extra, **asdict(plan)})
 
     def line(self, round_: int, stage: str, node: str, **values: Any) -> None:
         """One line of rounds.jsonl."""

@@ -10,7 +10,7 @@ from typing import Any
 from ciphertune.errors import FormatError
 
 _METRICS = ("perplexity", "accuracy", "f1")
-_STAGES = ("load", "unseal", "evaluate", "train", "seal", "save")
+_STAGES = ("load", "unseal", "evaluate", "score", "train", "seal", "save")
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,20 @@ class Report:
     seconds: Mapping[str, float]
 
 
-def report_of(values: Mapping[str, Any], heldout: int, max_length: int) -> Report:
-    """The report in a client's reply. Raises FormatError."""
+def seconds_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """The seconds per stage in a client's reply. Raises FormatError."""
     seconds = values.get("seconds", {})
     if not isinstance(seconds, dict) or not set(seconds) <= set(_STAGES):
         raise FormatError("the client's report has no readable seconds")
+    return {stage: number(value, 0.0, 1e9) for stage, value in seconds.items()}
+
+
+def report_of(values: Mapping[str, Any], heldout: int, max_length: int) -> Report:
+    """The report in a client's reply. Raises FormatError."""
     return Report(
         score_of(values, heldout, max_length),
         number(values.get("train_loss", 0.0), 0.0, 1e6),
-        {stage: number(value, 0.0, 1e9) for stage, value in seconds.items()},
+        seconds_of(values),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -25,9 +24,18 @@ class MethodSettings:
 
     name: str = "sealed"
     share: str = "alternate"  # both | alternate | b_only
-    select: str = "all"  # none | all: which part of the update is secret
-    aggregate: str = "separate"
-    fit_rank: str = "nested"  # nested | pad
+    select: str = "all"  # none | all | negotiated: which part of the update is secret
+    aggregate: str = "separate"  # separate | product
+    fit_rank: str = "nested"  # nested | pad | svd
+    rank_cap: int = (
+        0  # product: largest rank of an aggregate; 0: twice the largest of a client, or that if all is clear
+    )
+    first_score: str = (
+        "wanda_weight"  # negotiated: what columns are scored by before round 1 (SCORES in sensitivity.py)
+    )
+    score: str = "wanda_adapter"  # negotiated: and later
+    renegotiate_every: int = 0  # rounds; 0: never
+    calibration_samples: int = 128  # examples that the activations are measured on
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class ModelSettings:
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # module name endings, or the single word all-linear
     rank: int = 8  # the reference rank that alpha refers to; a client's own rank is in the federation group
     alpha: float = 16.0  # scale = alpha / rank, the same for clients of every rank
+    scaling: str = "common"  # common | own: scale = alpha / (the client's own rank), as PEFT has it
     dropout: float = 0.0
     max_length: int = 128  # tokens
     dtype: str = "auto"  # auto (bfloat16 where the device has it) | float32 | bfloat16
@@ -73,7 +82,8 @@ class CryptoSettings:
     coeff_mod_bits: tuple[int, ...] = (54, 20)
     scale_bits: int = 40
     bound: float = 64.0  # largest absolute value of an update that is accepted
-    precision: str = "float32"  # clear only: float32 | float64
+    coefficient_bits: int = 0  # log2 of the scale of plaintext factors; above 0 only where a method multiplies
+    precision: str = "float32"  # of what travels in the clear: float32 | float64
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class ClientSettings:
     """Defaults of one client for simulation; a real node's `--node-config` wins."""
 
     rank: int = 8
-    budget: float = 1.0
+    budget: float = 0.0125  # share of A's columns to encrypt, where the method selects columns
     data_path: str = ""
     key_file: str = ""
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
@@ -137,46 +147,6 @@ class Settings:
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
 
 
-CHOICES = {
-    "method.share": ("both", "alternate", "b_only"),
-    "method.select": ("none", "all"),
-    "method.aggregate": ("separate",),
-    "method.fit_rank": ("nested", "pad"),
-    "model.task": ("causal_lm", "classification"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "data.source": ("embedded", "jsonl", "hf"),
-    "data.partition": ("none", "iid", "dirichlet", "natural"),
-    "crypto.backend": ("clear", "ckks"),
-    "crypto.precision": ("float32", "float64"),
-}
-# inclusive bounds
-RANGES = {
-    "model.rank": (1, 4096),
-    "model.alpha": (1e-6, 1e6),
-    "model.dropout": (0.0, 0.9),
-    "model.max_length": (8, 1_000_000),
-    "data.heldout_fraction": (0.0, 0.9),
-    "data.dirichlet_alpha": (1e-3, 1e6),
-    "data.max_train": (0, 10**9),
-    "data.max_heldout": (0, 10**9),
-    "crypto.bound": (1e-6, 1e9),
-    "federation.rounds": (1, 100_000),
-    "federation.fraction": (1e-6, 1.0),
-    "federation.min_clients": (1, 100_000),
-    "federation.min_contributors": (1, 100_000),
-    "federation.wait_timeout": (1.0, 1e7),
-    "federation.round_timeout": (1.0, 1e7),
-    "training.steps": (1, 1_000_000),
-    "training.batch_size": (1, 1_000_000),
-    "training.accumulation": (1, 1_000_000),
-    "training.learning_rate": (1e-9, 10.0),
-    "training.weight_decay": (0.0, 10.0),
-    "training.max_grad_norm": (1e-6, 1e9),
-    "training.eval_batch_size": (1, 1_000_000),
-    "training.threads": (0, 4096),
-}
-
-
 def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:
     """Compose `conf_dir`/config.yaml with Hydra overrides (a list, or one string split as a shell would).
 
@@ -205,58 +175,18 @@ def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:
 
 def from_dict(values: dict[str, Any]) -> Settings:
     """Settings from nested plain values. Raises SettingsError for an unknown key, a wrong type, choice or range."""
+    from ciphertune.checks import check
+
     settings = build(Settings, values)
     check(settings)
     return settings
 
 
-def check(settings: Settings) -> None:
-    """Raise SettingsError when a value is outside its choices or range, or two values contradict each other."""
-    for dotted, choices in CHOICES.items():
-        value = _get(settings, dotted)
-        if value not in choices:
-            raise SettingsError(f"{dotted}={value!r} is not one of: {', '.join(choices)}")
-    for dotted, (low, high) in RANGES.items():
-        value = _get(settings, dotted)
-        if not low <= value <= high:
-            raise SettingsError(f"{dotted}={value} is out of range: want {low} to {high}")
-    federation, method, crypto = settings.federation, settings.method, settings.crypto
-    if not federation.clients:
-        raise SettingsError("federation.clients is empty: name at least one client")
-    for number, client in enumerate(federation.clients):
-        if not 1 <= client.rank <= 4096:
-            raise SettingsError(f"federation.clients[{number}].rank={client.rank} is out of range: want 1 to 4096")
-        if not 0.0 <= client.budget <= 1.0:
-            raise SettingsError(f"federation.clients[{number}].budget={client.budget} is out of range: want 0 to 1")
-    if federation.min_contributors > federation.min_clients:
-        raise SettingsError(
-            f"federation.min_contributors={federation.min_contributors} exceeds federation.min_clients="
-            f"{federation.min_clients}: no round could be released"
-        )
-    if crypto.backend == "ckks":
-        ckks_params(crypto)
-    if method.select == "none" and crypto.backend != "clear":
-        raise SettingsError(
-            f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}"
-        )
-    if not settings.model.targets:
-        raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
-    if settings.data.source == "jsonl" and not settings.data.heldout_path and not settings.data.heldout_fraction:
-        raise SettingsError("there would be no held-out text: set data.heldout_fraction above 0, or data.heldout_path")
-    if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
-        raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
-    if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
-        raise SettingsError("model.task=classification needs data.labels, e.g. data.labels=[negative,positive]")
-
-
 def ckks_params(crypto: CryptoSettings) -> CkksParams:
     """The parameters that the settings ask for. Raises SettingsError when they are unsafe or could overflow."""
-    return CkksParams(crypto.poly_modulus_degree, crypto.coeff_mod_bits, crypto.scale_bits, crypto.bound)
-
-
-def _get(settings: Settings, dotted: str) -> Any:
-    group, key = dotted.split(".")
-    return getattr(getattr(settings, group), key)
+    return CkksParams(
+        crypto.poly_modulus_degree, crypto.coeff_mod_bits, crypto.scale_bits, crypto.bound, crypto.coefficient_bits
+    )
 
 
 def _checked(word: str, conf_dir: Path) -> str:

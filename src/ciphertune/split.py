@@ -23,6 +23,7 @@ from ciphertune.errors import PlanMismatchError
 from ciphertune.plan import Factor, Plan
 
 Vector = npt.NDArray[np.float64]
+Counts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def segments(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[int, .
     return tuple((head_size(plan) if i == 0 else 0) + (b - a) * size for i, (a, b) in enumerate(pairwise([0, *tiers])))
 
 
-def counts(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def counts(plan: Plan, factors: tuple[Factor, ...], rank: int) -> Counts:
     """(clear, secret) entries of each segment of a message that holds `rank` components."""
     sizes = segments(plan, factors, rank)
     return (sizes, ()) if plan.select == "none" else ((), sizes)
@@ -63,12 +64,12 @@ def split(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Parts:
     """
     rank = plan.shared(adapter.rank)
     _check(adapter, plan, rank)
-    pieces = [np.ravel(adapter.heads[h.name]) for h in plan.heads]
+    pieces: list[FloatArray] = [pack_heads(adapter, plan)]
     for k in range(rank):
         for layer in plan.layers:
             found = adapter.layers[layer.name]
             pieces += [found.a[k] if f == "a" else found.b[:, k] for f in factors]
-    packed = np.concatenate(pieces).astype(np.float64) if pieces else np.zeros(0)
+    packed = np.concatenate(pieces).astype(np.float64)
     parts = cut(packed, segments(plan, factors, rank))
     return Parts(parts, ()) if plan.select == "none" else Parts((), parts)
 
@@ -83,11 +84,7 @@ def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter)
     rank = (packed.size - head_size(plan)) // size if size else 0
     if packed.size != head_size(plan) + rank * size or rank > base.rank:
         raise PlanMismatchError(f"{packed.size} values do not fit an adapter of rank {base.rank} of this plan")
-    heads: dict[str, FloatArray] = {}
-    at = 0
-    for head in plan.heads:
-        heads[head.name] = packed[at : at + head.size].reshape(head.shape).astype(base.heads[head.name].dtype)
-        at += head.size
+    heads, at = join_heads(packed, plan, base), head_size(plan)
     fresh = {x.name: {"a": base.layers[x.name].a.copy(), "b": base.layers[x.name].b.copy()} for x in plan.layers}
     for k in range(rank):
         for layer in plan.layers:
@@ -98,6 +95,25 @@ def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter)
                 at += width
     layers = {name: LoraFactors(f["a"], f["b"], base.layers[name].scale) for name, f in fresh.items()}
     return Adapter(layers, heads)
+
+
+def pack_heads(adapter: Adapter, plan: Plan) -> Vector:
+    """All heads in a row. Raises PlanMismatchError when they are not the plan's."""
+    if len(adapter.heads) != len(plan.heads):
+        raise PlanMismatchError("the adapter has heads that the plan does not know")
+    for head in plan.heads:
+        if head.name not in adapter.heads or adapter.heads[head.name].shape != head.shape:
+            raise PlanMismatchError(f"head {head.name} of the adapter is not {head.shape} as the plan says")
+    pieces = [np.ravel(adapter.heads[h.name]).astype(np.float64) for h in plan.heads]
+    return np.concatenate([np.zeros(0), *pieces])
+
+
+def join_heads(packed: Vector, plan: Plan, base: Adapter) -> dict[str, FloatArray]:
+    """The inverse of `pack_heads`, from the beginning of `packed`, in the types of `base`."""
+    heads: dict[str, FloatArray] = {}
+    for head, values in zip(plan.heads, cut(packed, tuple(h.size for h in plan.heads)), strict=True):
+        heads[head.name] = values.reshape(head.shape).astype(base.heads[head.name].dtype)
+    return heads
 
 
 def keep_own(base: Adapter, trained: Adapter, shared: int) -> Adapter:
@@ -125,8 +141,6 @@ def _check(adapter: Adapter, plan: Plan, shared: int) -> None:
         found = adapter.layers.get(layer.name)
         if found is None or found.a.shape != (rank, layer.n) or found.b.shape != (layer.m, rank):
             raise PlanMismatchError(f"layer {layer.name} of the adapter is not ({layer.m}, {layer.n}) as the plan says")
-    for head in plan.heads:
-        if head.name not in adapter.heads or adapter.heads[head.name].shape != head.shape:
-            raise PlanMismatchError(f"head {head.name} of the adapter is not {head.shape} as the plan says")
-    if len(adapter.layers) != len(plan.layers) or len(adapter.heads) != len(plan.heads):
-        raise PlanMismatchError("the adapter has layers or heads that the plan does not know")
+    if len(adapter.layers) != len(plan.layers):
+        raise PlanMismatchError("the adapter has layers that the plan does not know")
+    pack_heads(adapter, plan)

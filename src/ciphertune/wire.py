@@ -1,7 +1,7 @@
 """Message <-> bytes. Everything is checked before anything is used: lengths follow from the plan, never from the bytes.
 
     offset  size
-       0      8   magic "CTUNE" 0 0 1 (wire version 1)
+       0      8   magic "CTUNE" 0 0 2 (wire version 2)
        8      1   kind: 1 update (client to server), 2 aggregate (server to client)
        9      1   factors: 1 a, 2 b, 3 both
       10     16   digest of the encryption parameters
@@ -11,10 +11,10 @@
       74      8   run
       82      4   round
       86      4   sender: the number the server gave the client, 0 for the server
-      90      4   rank: the components in the message, a tier of the plan
+      90      4   rank: the components in the message, a tier of the plan; of a product the contributors' largest rank
       94      8   total: samples of all clients asked this round; weights are samples / total
      102      4   number of contributors k (1 in an update)
-     106   12*k   rank 4, samples 8 of each contributor
+     106   16*k   rank 4, tier of budgets 4, samples 8 of each contributor
        ?      ?   clear part: as many values as the plan says
        ?      ?   secret part: whole blocks, as many as each segment of the plan needs
       -32     32  SHA-256 of all that precedes (against damage; authenticity is the transport's task)
@@ -28,6 +28,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ciphertune import columns, split
 from ciphertune.crypto.base import PublicPart, blocks_for
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.errors import (
@@ -40,12 +41,12 @@ from ciphertune.errors import (
 )
 from ciphertune.plan import Factor, Plan
 from ciphertune.ranks import Contributor
-from ciphertune.split import counts
+from ciphertune.split import Counts
 
-MAGIC = b"CTUNE\0\0\1"
+MAGIC = b"CTUNE\0\0\2"
 UPDATE, AGGREGATE = 1, 2
 _HEAD = struct.Struct("<8sBB16s16s16s16sQIIIQI")
-_CONTRIBUTOR = struct.Struct("<IQ")
+_CONTRIBUTOR = struct.Struct("<IIQ")
 _FACTORS: dict[tuple[Factor, ...], int] = {("a",): 1, ("b",): 2, ("a", "b"): 3}
 _DIGEST = 32
 _MAX_CONTRIBUTORS = 1_000_000
@@ -89,6 +90,7 @@ class Expected:
     rank: int
     total: int | None = None
     samples: int | None = None
+    tier: int = 0  # of an update
 
 
 def encode(message: Message, session: Session) -> bytes:
@@ -108,7 +110,7 @@ def encode(message: Message, session: Session) -> bytes:
         message.total,
         len(message.contributors),
     )
-    people = b"".join(_CONTRIBUTOR.pack(c.rank, c.samples) for c in message.contributors)
+    people = b"".join(_CONTRIBUTOR.pack(c.rank, c.tier, c.samples) for c in message.contributors)
     body = b"".join((head, people, message.clear, message.secret))
     return body + hashlib.sha256(body).digest()
 
@@ -121,7 +123,7 @@ def decode(data: bytes, session: Session, expected: Expected) -> Message:
         data
     )
     if magic != MAGIC:
-        raise FormatError("not a ciphertune message of wire version 1")
+        raise FormatError("not a ciphertune message of wire version 2")
     # The order gives the most telling error: who made it, with what, for which run.
     _same(parameters, _parameters(session), ParameterMismatchError, "encryption parameters")
     _same(key, session.key_fingerprint, KeyMismatchError, "key")
@@ -142,22 +144,25 @@ def decode(data: bytes, session: Session, expected: Expected) -> Message:
 
 
 def _decode_body(data: bytes, session: Session, expected: Expected, people: int, total: int) -> Message:
-    if expected.rank not in session.plan.tiers:
-        raise FormatError(f"rank {expected.rank} is no tier of the plan: {', '.join(map(str, session.plan.tiers))}")
-    if not 1 <= people <= _MAX_CONTRIBUTORS or (expected.kind == UPDATE and people != 1):
-        raise FormatError(f"the message names {people} contributors")
-    factors = session.plan.factors(expected.round)
-    clear_size, secret_size = sizes(session, factors, expected.rank)
     at = _HEAD.size + people * _CONTRIBUTOR.size
+    if not 1 <= people <= _MAX_CONTRIBUTORS or (expected.kind == UPDATE and people != 1) or len(data) < at + _DIGEST:
+        raise FormatError(f"the message names {people} contributors")
+    named = (_CONTRIBUTOR.unpack_from(data, _HEAD.size + i * _CONTRIBUTOR.size) for i in range(people))
+    contributors = tuple(Contributor(rank, samples, tier) for rank, tier, samples in named)
+    if session.plan.aggregate == "separate" and expected.rank not in session.plan.tiers:
+        raise FormatError(f"rank {expected.rank} is no tier of the plan: {', '.join(map(str, session.plan.tiers))}")
+    check_contributors(contributors, total, session.plan)
+    if expected.samples is not None:
+        wanted = Contributor(expected.rank, expected.samples, expected.tier)
+        if contributors[0] != wanted:
+            raise RoundMismatchError(f"the message is weighted by {contributors[0]}, expected {wanted}")
+    factors = session.plan.factors(expected.round)
+    clear_size, secret_size = sizes(session, expected.kind, factors, expected.rank, contributors)
     if len(data) != at + clear_size + secret_size + _DIGEST:
         raise FormatError(f"{len(data)} bytes where {at + clear_size + secret_size + _DIGEST} are expected")
     view = memoryview(data)
     if hashlib.sha256(view[:-_DIGEST]).digest() != data[-_DIGEST:]:
         raise FormatError("the message is damaged: its SHA-256 does not match")
-    contributors = tuple(Contributor(*_CONTRIBUTOR.unpack_from(data, _HEAD.size + i * 12)) for i in range(people))
-    check_contributors(contributors, total, session.plan)
-    if expected.samples is not None and contributors[0] != Contributor(expected.rank, expected.samples):
-        raise RoundMismatchError(f"the message is weighted by {contributors[0]}, expected {expected.samples} samples")
     return Message(
         kind=expected.kind,
         factors=factors,
@@ -171,17 +176,30 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
     )
 
 
-def sizes(session: Session, factors: tuple[Factor, ...], rank: int) -> tuple[int, int]:
-    """Bytes of the clear and of the secret part of a message that holds `rank` components."""
-    clear, secret = counts(session.plan, factors, rank)
+def counts(
+    plan: Plan, kind: int, factors: tuple[Factor, ...], rank: int, contributors: Sequence[Contributor]
+) -> Counts:
+    """(clear, secret) values of each segment of a message; each secret segment has blocks of its own."""
+    if plan.aggregate == "separate":
+        return split.counts(plan, factors, rank)
+    if kind == UPDATE:
+        return columns.update_counts(plan, contributors[0])
+    return columns.aggregate_counts(plan, contributors)
+
+
+def sizes(
+    session: Session, kind: int, factors: tuple[Factor, ...], rank: int, contributors: Sequence[Contributor]
+) -> tuple[int, int]:
+    """Bytes of the clear and of the secret part of a message; rank: the components in it."""
+    clear, secret = counts(session.plan, kind, factors, rank, contributors)
     blocks = sum(blocks_for(session.public, entries) for entries in secret)
     return sum(clear) * session.clear.block_bytes, blocks * session.public.block_bytes
 
 
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
-    """Raise FormatError unless ranks are tiers of the plan and weights are positive and sum to at most 1."""
-    if not all(c.rank in plan.tiers and c.samples >= 1 for c in contributors):
-        raise FormatError("a contributor has an impossible rank or no samples")
+    """Raise FormatError unless ranks and budgets are possible, and weights are positive and sum to at most 1."""
+    if not all(plan.accepts(c.rank, c.tier) and c.samples >= 1 for c in contributors):
+        raise FormatError("a contributor has an impossible rank or budget, or no samples")
     if sum(c.samples for c in contributors) > total:
         raise FormatError("the contributors' samples exceed the total: the sum could wrap around")
 

@@ -5,6 +5,7 @@ The client's counterpart, which holds a key, is `SecretPart` in `crypto/secret.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -52,6 +53,34 @@ class PublicPart(Protocol):
 
     def aggregator(self) -> Aggregator:
         """An empty sum."""
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute value that a sum or a combination may take; above it, it would come out wrong."""
+
+    def check(self, body: bytes) -> None:
+        """Raise WireError unless the bytes are whole blocks that can be added and combined."""
+
+    def combine(
+        self,
+        rows: Sequence[bytes],
+        coefficients: npt.NDArray[np.float64],
+        groups: npt.NDArray[np.int64],
+        added: npt.NDArray[np.float64],
+    ) -> list[bytes]:
+        """Encrypted rows combined: ``out[p] = sum_k coefficients[p, k, groups] * rows[k] + added[p]``, per value.
+
+        rows: K vectors of whole blocks; a shorter one counts as zero beyond its end.  coefficients: (P, K, G), one
+        per group of values.  groups: (count,), the group of each value.  added: (P, count), in the clear.
+        Returns P vectors. Raises WireError.
+        """
+
+    def product_error_bound(self, coefficients: float, values: float, magnitude: float) -> float:
+        """Largest absolute error of a decrypted combination.
+
+        coefficients, values: root of the sum of squares of its terms' coefficients and values.
+        magnitude: of the result.
+        """
 
 
 def blocks_for(public: PublicPart, values: int) -> int:

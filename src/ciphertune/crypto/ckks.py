@@ -1,15 +1,19 @@
 """CKKS through TenSEAL's CKKSVector, the public half: contexts without any key, checked parsing, sums.
 
-The server uses this file. It builds its context from the parameters alone, so no key ever exists in its process, and it
-only adds; Galois and relinearisation keys are never made because nothing here rotates or multiplies ciphertexts.
+The server uses this file. It builds its context from the parameters alone, so no key ever exists in its process. It
+adds, and multiplies by plaintexts where a method needs it; Galois and relinearisation keys are never made because
+nothing here rotates, or multiplies ciphertexts with each other.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tenseal as ts
 import tenseal.sealapi as seal
 
@@ -17,6 +21,8 @@ from ciphertune.crypto import codec
 from ciphertune.crypto.base import Aggregator
 from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import FormatError, SettingsError
+
+FloatVector = npt.NDArray[np.float64]
 
 _SYMMETRIC = 1  # TenSEAL's encryption type, field 4 of its context
 
@@ -49,33 +55,73 @@ class CkksPublic:
         """An empty sum."""
         return CkksSum(self)
 
+    @property
+    def largest(self) -> float:
+        """See `CkksParams.largest`."""
+        return self.params.largest
+
+    def product_error_bound(self, coefficients: float, values: float, magnitude: float) -> float:
+        """See `CkksParams.product_error_bound`."""
+        return self.params.product_error_bound(coefficients, values, magnitude)
+
+    def check(self, body: bytes) -> None:
+        """Raise FormatError unless the bytes are whole ciphertexts with residues below their primes."""
+        self.protos(body)
+
+    def combine(
+        self,
+        rows: Sequence[bytes],
+        coefficients: npt.NDArray[np.float64],
+        groups: npt.NDArray[np.int64],
+        added: npt.NDArray[np.float64],
+    ) -> list[bytes]:
+        """See `PublicPart.combine`. Plaintext products slot by slot: one factor in depth, no rotation, no key."""
+        multiplier = Multiplier(self)
+        out: list[list[bytes]] = [[] for _ in added]
+        for start in range(0, groups.size, self.slots):
+            at, here = start // self.slots * self.block_bytes, groups[start : start + self.slots]
+            found = [(k, row[at : at + self.block_bytes]) for k, row in enumerate(rows) if at < len(row)]
+            terms = [(k, self.vectors(block)[0].ciphertext()[0]) for k, block in found]
+            for p, blocks in enumerate(out):
+                factors = [coefficients[p, k, here] for k, _ in terms]
+                total = multiplier.sum([c for _, c in terms], factors, added[p, start : start + self.slots])
+                blocks.append(self._pack(total))
+        return [b"".join(blocks) for blocks in out]
+
     def vectors(self, body: bytes, count: int | None = None) -> list[Any]:
         """Checked wire blocks -> CKKSVector each, in the keyless context. Raises FormatError."""
         return [ts.ckks_vector_from(self.context, proto) for proto in self.protos(body, count)]
 
-    def protos(self, body: bytes, count: int | None = None) -> list[bytes]:
-        """Checked wire blocks -> TenSEAL protobuf each; `count` values in all, every slot of every block by default."""
+    def protos(self, body: bytes, count: int | None = None, *, product: bool = False) -> list[bytes]:
+        """Checked wire blocks -> TenSEAL protobuf each; `count` values in all, every slot of every block by default.
+
+        product: the blocks are combinations, at the scale of a product.
+        """
         if len(body) % self.block_bytes:
             raise FormatError(f"{len(body)} bytes are no whole number of {self.block_bytes}-byte ciphertexts")
         blocks = len(body) // self.block_bytes
         count = blocks * self.slots if count is None else count
         if -(-count // self.slots) != blocks:
             raise FormatError(f"{blocks} ciphertexts where the plan has {-(-count // self.slots)}")
+        scale = self.scale * 2.0**self.params.coefficient_bits if product else self.scale
         return [
             self._proto(
-                body[i * self.block_bytes : (i + 1) * self.block_bytes], min(self.slots, count - i * self.slots)
+                body[i * self.block_bytes : (i + 1) * self.block_bytes], min(self.slots, count - i * self.slots), scale
             )
             for i in range(blocks)
         ]
 
-    def _proto(self, block: bytes, count: int) -> bytes:
+    def _proto(self, block: bytes, count: int, scale: float) -> bytes:
         residues = codec.unpack(block, self.moduli, self.params.widths, self.params.poly_modulus_degree)
-        blob = codec.seal_ciphertext(residues, self._parms_id, self.scale)
-        return codec.tenseal_vector(blob, count, self.scale)
+        blob = codec.seal_ciphertext(residues, self._parms_id, scale)
+        return codec.tenseal_vector(blob, count, scale)
 
     def block(self, vector: Any) -> bytes:
         """One CKKSVector of one ciphertext -> wire block."""
         (ciphertext,) = vector.ciphertext()
+        return self._pack(ciphertext)
+
+    def _pack(self, ciphertext: Any) -> bytes:
         shape = (2, len(self.moduli), self.params.poly_modulus_degree)
         if (ciphertext.size(), ciphertext.coeff_modulus_size(), ciphertext.poly_modulus_degree()) != shape:
             raise FormatError(f"unexpected ciphertext shape: want {shape}")
@@ -108,6 +154,41 @@ class CkksSum:
     def result(self, blocks: int) -> bytes:
         """The first `blocks` ciphertexts of the sum."""
         return b"".join(self._public.block(v) for v in self._sum[:blocks])
+
+
+class Multiplier:
+    """Ciphertexts times plaintext vectors, through SEAL: TenSEAL would encode the vectors at the ciphertexts' scale."""
+
+    def __init__(self, public: CkksPublic) -> None:
+        if not public.params.coefficient_bits:
+            raise SettingsError("crypto.coefficient_bits=0: these parameters only add; use crypto=ckks_product")
+        context = public.context.seal_context().data
+        self._encoder, self._evaluator = seal.CKKSEncoder(context), seal.Evaluator(context)
+        self._scale = 2.0**public.params.coefficient_bits
+        self._product_scale = public.scale * self._scale
+
+    def sum(self, terms: Sequence[Any], factors: Sequence[FloatVector], added: FloatVector) -> Any:
+        """``sum_k factors[k] * terms[k] + added`` as one ciphertext, at the product scale; at least one term."""
+        total: Any = None
+        for term, factor in zip(terms, factors, strict=True):
+            product = seal.Ciphertext()
+            self._evaluator.multiply_plain(term, self._factor(factor), product)
+            if total is None:
+                total = product
+            else:
+                self._evaluator.add_inplace(total, product)
+        if added.any():
+            plain = seal.Plaintext()
+            self._encoder.encode(added.tolist(), self._product_scale, plain)
+            self._evaluator.add_plain_inplace(total, plain)
+        return total
+
+    def _factor(self, values: FloatVector) -> Any:
+        plain = seal.Plaintext()
+        self._encoder.encode(values.tolist(), self._scale, plain)
+        if plain.is_zero():  # times zero SEAL refuses: the result would hide nothing. The smallest step does no harm
+            self._encoder.encode(1.0 / self._scale, self._scale, plain)
+        return plain
 
 
 def moduli(params: CkksParams) -> tuple[int, ...]:

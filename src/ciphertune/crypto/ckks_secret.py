@@ -46,6 +46,7 @@ class CkksSecret:
         self.public = CkksPublic(params)
         self.fingerprint = key.fingerprint
         self._context = _secret_context(params, key)
+        self._key = key
         self._bound = params.bound
 
     def encrypt(self, values: npt.NDArray[np.float64]) -> bytes:
@@ -58,12 +59,16 @@ class CkksSecret:
             self.public.block(ts.ckks_vector(self._context, chunk)) for chunk in padded.reshape(-1, slots).tolist()
         )
 
-    def decrypt(self, body: bytes, count: int) -> npt.NDArray[np.float64]:
+    def decrypt(self, body: bytes, count: int, *, product: bool = False) -> npt.NDArray[np.float64]:
         """The first `count` values. Lengths come from the caller, never from the bytes."""
         out: list[float] = []
-        for proto in self.public.protos(body, count):
+        for proto in self.public.protos(body, count, product=product):
             out += ts.ckks_vector_from(self._context, proto).decrypt()
         return np.array(out[:count], np.float64)
+
+    def derive(self, purpose: bytes) -> bytes:
+        """See `SecretPart.derive`."""
+        return self._key.derive(purpose)
 
     def __repr__(self) -> str:
         return f"CkksSecret(fingerprint={self.fingerprint.hex()})"

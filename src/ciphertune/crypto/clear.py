@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,9 +61,33 @@ class ClearPublic:
         """Rounding of the terms and of the sum to the wire's precision."""
         return (contributors + 1) * magnitude * float(np.finfo(self.dtype).eps)
 
+    largest = math.inf
+
     def aggregator(self) -> Aggregator:
         """An empty sum."""
         return ClearSum(self.dtype)
+
+    def check(self, body: bytes) -> None:
+        """Raise FormatError for values that are not finite."""
+        parse(body, self.dtype)
+
+    def combine(
+        self,
+        rows: Sequence[bytes],
+        coefficients: npt.NDArray[np.float64],
+        groups: npt.NDArray[np.int64],
+        added: npt.NDArray[np.float64],
+    ) -> list[bytes]:
+        """See `PublicPart.combine`."""
+        total = added.copy()
+        for k, row in enumerate(rows):
+            values = parse(row, self.dtype)
+            total[:, : values.size] += coefficients[:, k, groups[: values.size]] * values
+        return [row.astype(self.dtype).tobytes() for row in total]
+
+    def product_error_bound(self, coefficients: float, values: float, magnitude: float) -> float:
+        """Rounding of each value and of the result to the wire's precision (Cauchy and Schwarz on the terms)."""
+        return (coefficients * values + magnitude) * float(np.finfo(self.dtype).eps)
 
 
 def parse(body: bytes, dtype: np.dtype[np.floating]) -> npt.NDArray[np.float64]:

@@ -29,6 +29,8 @@ class CkksParams:
 
     poly_modulus_degree: N, twice the slots.  coeff_mod_bits: bits of each prime, the last one is SEAL's special prime.
     scale_bits: log2 of the encoding scale.  bound: largest absolute value of a plaintext sum.
+    coefficient_bits: log2 of the scale of plaintext factors, where ciphertexts are multiplied by such; 0: only sums.
+    A product stays at the scale 2^(scale_bits + coefficient_bits): nothing is rescaled, so no level is used up.
     Raises SettingsError when security falls under 128 bit or a sum could wrap around the modulus.
     """
 
@@ -36,6 +38,7 @@ class CkksParams:
     coeff_mod_bits: tuple[int, ...]
     scale_bits: int
     bound: float
+    coefficient_bits: int = 0
 
     def __post_init__(self) -> None:
         degree, bits = self.poly_modulus_degree, self.coeff_mod_bits
@@ -53,17 +56,23 @@ class CkksParams:
         if not 0 < self.bound < math.inf:
             raise SettingsError(f"crypto.bound={self.bound:g}: want a positive number")
         # Weights are at most 1 and sum to at most 1, so a weighted sum is no larger than its largest term.
-        room = self.data_bits - 2 - self.scale_bits
-        if self.scale_bits < 10 or math.log2(self.bound) > room:
+        if self.scale_bits < 10 or self.bound > self.largest:
             raise SettingsError(
-                f"crypto.bound={self.bound:g} at scale_bits={self.scale_bits} could wrap around the "
-                f"{self.data_bits}-bit modulus: lower the bound to {2.0**room:g} or lower scale_bits"
+                f"crypto.bound={self.bound:g} at scale_bits={self.scale_bits}"
+                + (f" and coefficient_bits={self.coefficient_bits}" if self.coefficient_bits else "")
+                + f" could wrap around the {self.data_bits}-bit modulus: "
+                f"lower the bound to {self.largest:g} or lower scale_bits"
             )
 
     @property
     def data_bits(self) -> int:
         """Bits of the modulus that carries data: all primes but the special one."""
         return sum(self.coeff_mod_bits[:-1])
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute value that a sum, or a sum of products, may take without wrapping around the modulus."""
+        return 2.0 ** (self.data_bits - 2 - self.scale_bits - self.coefficient_bits)
 
     @property
     def slots(self) -> int:
@@ -92,3 +101,16 @@ class CkksParams:
         """
         noise = math.sqrt(contributors * self.poly_modulus_degree * _NOISE_VARIANCE) / 2.0**self.scale_bits
         return _DEVIATIONS * noise + magnitude * 2.0**-46
+
+    def product_error_bound(self, coefficients: float, values: float, magnitude: float) -> float:
+        """Absolute error of a decrypted sum of products of plaintext coefficients and encrypted values, per slot.
+
+        coefficients, values: root of the sum of squares of the terms' coefficients, and of their values, in the slot.
+        A term is (c + e_c)(v + e_v): fresh noise e_v in its ciphertext, and rounding e_c where its coefficients were
+        encoded (N roundings to integers, taken as independent, variance 1/4 or less).
+        magnitude: of the sum, for float64's rounding.
+        """
+        noise = math.sqrt(self.poly_modulus_degree * _NOISE_VARIANCE) / 2.0**self.scale_bits
+        rounding = math.sqrt(self.poly_modulus_degree / 4) / 2.0**self.coefficient_bits
+        spread = math.hypot(coefficients * noise, values * rounding) + noise * rounding
+        return _DEVIATIONS * spread + magnitude * 2.0**-46

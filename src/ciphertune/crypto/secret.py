@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ciphertune.crypto.base import PublicPart
 
@@ -29,6 +31,11 @@ class SecretKey:
         """16 bytes that identify the key and, being a hash of a key of full entropy, tell nothing else about it."""
         return hashlib.sha256(b"ciphertune key fingerprint 1" + self.params_digest + self._material).digest()[:16]
 
+    def derive(self, purpose: bytes) -> bytes:
+        """32 bytes for another purpose than encryption: HKDF-SHA256 (RFC 5869) over the material."""
+        info = b"ciphertune derived 1" + self.params_digest + purpose
+        return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(self._material)
+
     def __repr__(self) -> str:
         return f"SecretKey(fingerprint={self.fingerprint.hex()})"
 
@@ -50,5 +57,11 @@ class SecretPart(Protocol):
     def encrypt(self, values: npt.NDArray[np.float64]) -> bytes:
         """Encrypt (count,) values into ceil(count / slots) blocks. Raises RangeError: NaN, infinite, over the bound."""
 
-    def decrypt(self, body: bytes, count: int) -> npt.NDArray[np.float64]:
-        """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks."""
+    def decrypt(self, body: bytes, count: int, *, product: bool = False) -> npt.NDArray[np.float64]:
+        """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks.
+
+        product: it is a combination that the server made (`PublicPart.combine`).
+        """
+
+    def derive(self, purpose: bytes) -> bytes:
+        """32 bytes that only the holders of the key can compute, and that tell nothing of the key; one per purpose."""

@@ -41,7 +41,7 @@ class LoraModel:
     autocast: torch.dtype | None  # compute in this type, None = float32
     task: str
     rank: int
-    scale: float  # alpha / rank, common to all clients
+    scale: float  # alpha / rank; common to all clients unless model.scaling=own
     frozen: str = ""  # the factor that does not train now
 
     def read(self) -> Adapter:
@@ -139,7 +139,7 @@ def load(
     with torch.no_grad():
         for name in sorted(new):
             _init_head(name, base.get_parameter(name), seed)
-    scale = settings.alpha / settings.rank
+    scale = settings.alpha / (rank if settings.scaling == "own" else settings.rank)
     config = LoraConfig(
         task_type=_TASKS[settings.task],
         target_modules="all-linear" if settings.targets == ("all-linear",) else list(settings.targets),

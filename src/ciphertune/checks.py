@@ -1,0 +1,125 @@
+"""What settings may be: choices, ranges, and what contradicts what."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ciphertune.errors import SettingsError
+from ciphertune.sensitivity import SCORES
+from ciphertune.settings import Settings, ckks_params
+
+CHOICES = {
+    "method.share": ("both", "alternate", "b_only"),
+    "method.select": ("none", "all", "negotiated"),
+    "method.aggregate": ("separate", "product"),
+    "method.fit_rank": ("nested", "pad", "svd"),
+    "method.first_score": SCORES,
+    "method.score": SCORES,
+    "model.scaling": ("common", "own"),
+    "model.task": ("causal_lm", "classification"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "data.source": ("embedded", "jsonl", "hf"),
+    "data.partition": ("none", "iid", "dirichlet", "natural"),
+    "crypto.backend": ("clear", "ckks"),
+    "crypto.precision": ("float32", "float64"),
+}
+# inclusive bounds
+RANGES = {
+    "method.rank_cap": (0, 4096),
+    "method.renegotiate_every": (0, 100_000),
+    "method.calibration_samples": (1, 1_000_000),
+    "crypto.coefficient_bits": (0, 60),
+    "model.rank": (1, 4096),
+    "model.alpha": (1e-6, 1e6),
+    "model.dropout": (0.0, 0.9),
+    "model.max_length": (8, 1_000_000),
+    "data.heldout_fraction": (0.0, 0.9),
+    "data.dirichlet_alpha": (1e-3, 1e6),
+    "data.max_train": (0, 10**9),
+    "data.max_heldout": (0, 10**9),
+    "crypto.bound": (1e-6, 1e9),
+    "federation.rounds": (1, 100_000),
+    "federation.fraction": (1e-6, 1.0),
+    "federation.min_clients": (1, 100_000),
+    "federation.min_contributors": (1, 100_000),
+    "federation.wait_timeout": (1.0, 1e7),
+    "federation.round_timeout": (1.0, 1e7),
+    "training.steps": (1, 1_000_000),
+    "training.batch_size": (1, 1_000_000),
+    "training.accumulation": (1, 1_000_000),
+    "training.learning_rate": (1e-9, 10.0),
+    "training.weight_decay": (0.0, 10.0),
+    "training.max_grad_norm": (1e-6, 1e9),
+    "training.eval_batch_size": (1, 1_000_000),
+    "training.threads": (0, 4096),
+}
+
+
+def check(settings: Settings) -> None:
+    """Raise SettingsError when a value is outside its choices or range, or two values contradict each other."""
+    for dotted, choices in CHOICES.items():
+        value = _get(settings, dotted)
+        if value not in choices:
+            raise SettingsError(f"{dotted}={value!r} is not one of: {', '.join(choices)}")
+    for dotted, (low, high) in RANGES.items():
+        value = _get(settings, dotted)
+        if not low <= value <= high:
+            raise SettingsError(f"{dotted}={value} is out of range: want {low} to {high}")
+    federation, crypto = settings.federation, settings.crypto
+    if not federation.clients:
+        raise SettingsError("federation.clients is empty: name at least one client")
+    for number, client in enumerate(federation.clients):
+        if not 1 <= client.rank <= 4096:
+            raise SettingsError(f"federation.clients[{number}].rank={client.rank} is out of range: want 1 to 4096")
+        if not 0.0 <= client.budget <= 1.0:
+            raise SettingsError(f"federation.clients[{number}].budget={client.budget} is out of range: want 0 to 1")
+    if federation.min_contributors > federation.min_clients:
+        raise SettingsError(
+            f"federation.min_contributors={federation.min_contributors} exceeds federation.min_clients="
+            f"{federation.min_clients}: no round could be released"
+        )
+    if crypto.backend == "ckks":
+        ckks_params(crypto)
+    _check_method(settings)
+    if not settings.model.targets:
+        raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
+    if settings.data.source == "jsonl" and not settings.data.heldout_path and not settings.data.heldout_fraction:
+        raise SettingsError("there would be no held-out text: set data.heldout_fraction above 0, or data.heldout_path")
+    if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
+        raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
+    if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
+        raise SettingsError("model.task=classification needs data.labels, e.g. data.labels=[negative,positive]")
+
+
+def _check_method(settings: Settings) -> None:
+    """Raise SettingsError for names that make no method together."""
+    method, crypto = settings.method, settings.crypto
+    if method.select == "none" and crypto.backend != "clear":
+        raise SettingsError(
+            f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}"
+        )
+    product = method.aggregate == "product"
+    if (method.fit_rank == "svd") != product or (product and method.share != "both"):
+        raise SettingsError(
+            f"method.aggregate={method.aggregate} with method.share={method.share} and method.fit_rank="
+            f"{method.fit_rank}: a product is of both factors (method.share=both), fitted by method.fit_rank=svd; sums "
+            "are not"
+        )
+    if ((method.select == "negotiated") and not product) or (method.select == "all" and product):
+        raise SettingsError(
+            f"method.select={method.select} with method.aggregate={method.aggregate}: columns are negotiated for a "
+            "product, and to encrypt all of a product's A give every client the budget 1"
+        )
+    if settings.model.scaling == "own" and not product:
+        raise SettingsError(
+            "model.scaling=own: factors of clients with unequal scales cannot be averaged apart; use "
+            "model.scaling=common, or a method with method.aggregate=product"
+        )
+    if product and crypto.backend == "ckks" and not crypto.coefficient_bits:
+        raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
+
+
+def _get(settings: Settings, dotted: str) -> Any:
+    group, key = dotted.split(".")
+    return getattr(getattr(settings, group), key)

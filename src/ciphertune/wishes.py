@@ -1,0 +1,128 @@
+"""A client's side of the negotiation: how much of A it can afford to encrypt, and which columns it asks for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from ciphertune import budget
+from ciphertune.adapter import Adapter
+from ciphertune.columns import Codes
+from ciphertune.crypto.indices import inverse
+from ciphertune.crypto.secret import SecretPart
+from ciphertune.errors import PlanMismatchError
+from ciphertune.lm import activations
+from ciphertune.lm.data import ClientData
+from ciphertune.lm.model import LoraModel
+from ciphertune.negotiation import own_coverage
+from ciphertune.node import NodeSettings
+from ciphertune.plan import LayerShape, Plan, column_count
+from ciphertune.progress import note
+from ciphertune.runs import write
+from ciphertune.sensitivity import scores, top
+from ciphertune.settings import Settings
+
+Scores = npt.NDArray[np.float64]
+
+
+def budget_of(node: NodeSettings, run: int, layers: Sequence[LayerShape], secret: SecretPart) -> float:
+    """The share of A's columns that this node encrypts in this run: as configured, or measured once and kept.
+
+    Raises SettingsError for a time that none can be found for.
+    """
+    if not math.isnan(node.budget):
+        return node.budget
+    path = node.folder / "state" / f"budget-{run:x}.json"
+    if path.is_file():
+        return float(json.loads(path.read_text(encoding="utf-8")))
+    public = secret.public
+    found = budget.choose(
+        budget.measure(secret.encrypt, public.slots, node.upstream),
+        [x.n for x in layers],
+        node.rank,
+        slots=public.slots,
+        block_bytes=public.block_bytes,
+        seconds=node.seconds_per_round,
+    )
+    note(node.name, f"budget {found.value:g} of the columns of A: {found.reason}")
+    write(path, json.dumps(found.value).encode())
+    return found.value
+
+
+def score_columns(
+    kind: str, model: LoraModel, data: ClientData, settings: Settings, layers: Sequence[LayerShape], *, seed: int
+) -> list[Scores]:
+    """A score per column of each layer, (n,), on this client's own examples. Raises RangeError, DataError."""
+    needed = kind.startswith("wanda")
+    adapter: Adapter = model.read()
+    samples = settings.method.calibration_samples
+    norms = activations.input_norms(model, data.train, settings.training, samples=samples) if needed else {}
+    weight = activations.weight_columns(model) if kind == "wanda_weight" else {}
+    generator = np.random.default_rng(seed)
+    found = []
+    for x in layers:
+        nothing = np.zeros(x.n)
+        found.append(
+            scores(
+                kind,
+                a=adapter.layers[x.name].a,
+                weight=weight.get(x.name, nothing),
+                norms=norms.get(x.name, nothing),
+                generator=generator,
+            )
+        )
+    return found
+
+
+def wish(found: Sequence[Scores], codes: Sequence[Codes], share: float) -> list[list[int]]:
+    """Per layer the codes of the most sensitive columns that a budget pays for, most sensitive first."""
+    return [c[top(s, column_count(s.size, share))].tolist() for s, c in zip(found, codes, strict=True)]
+
+
+def keep_scores(folder: Path, run: int, found: Sequence[Scores]) -> None:
+    """Keep the scores on the node, until it knows which columns it got."""
+    write(_scores_file(folder, run), save({f"{i:05d}": s for i, s in enumerate(found)}))
+
+
+def agreed_tier(plan: Plan, share: float) -> int:
+    """Which of the plan's budgets this client has. Raises PlanMismatchError when it would hide less than it asked."""
+    if plan.select != "negotiated":
+        return 0
+    if not plan.budgets:
+        raise PlanMismatchError("the server asks for an update before the columns to encrypt were negotiated")
+    return plan.tier(share)
+
+
+def tell_coverage(node: NodeSettings, run: int, plan: Plan, share: float, codes: Sequence[Codes]) -> None:
+    """Say once, in this node's log, what it got of what it asked for, by its own scores."""
+    path = _scores_file(node.folder, run)
+    if not path.is_file():
+        return
+    try:
+        found = [s for _, s in sorted(load_file(path).items())]
+    except (SafetensorError, OSError):
+        return
+    finally:
+        path.unlink(missing_ok=True)
+    counts = plan.hidden(plan.tier(share))
+    hidden = [
+        inverse(by_column)[np.array(coded[:count], np.int64)].tolist()
+        for by_column, coded, count in zip(codes, plan.columns, counts, strict=True)
+    ]
+    coverage, risk = own_coverage(found, hidden, share)
+    note(
+        node.name,
+        f"encrypts {sum(counts)} of {sum(x.n for x in plan.layers)} columns of A, "
+        f"{coverage:.0%} of those it asked for; {risk:.0%} of their sensitivity stays clear",
+    )
+
+
+def _scores_file(folder: Path, run: int) -> Path:
+    return folder / "state" / f"scores-{run:x}.safetensors"
