@@ -18,7 +18,7 @@ from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
 from ciphertune.runs import ServerFolder
-from ciphertune.scores import Score, lines_of_table, mean, report_of, seconds_of, show
+from ciphertune.scores import Score, lines_of_table, mean, report_of, score_of, seconds_of, show
 from ciphertune.settings import Settings
 from ciphertune.task import Terms
 from server_app.door import Door
@@ -141,14 +141,16 @@ class EncryptedLora(Strategy):
     def _take(self, round_: int, member: Member, reply: Message) -> None:
         """Check one reply as a whole, then add its update. Raises CiphertuneError, and then nothing was added."""
         values, payload = open_reply(reply)
-        report = report_of(values, member.hello.heldout, self.settings.model.max_length)
+        evaluated = self.settings.federation.evaluates(round_)
+        report = report_of(values, member.hello.heldout, self.settings.model.max_length, evaluated=evaluated)
         if len(payload) != 1:
             raise FormatError(f"{len(payload)} payloads where one update is expected")
         if self.settings.record_server_view:
             self.folder.view(round_, member.name, payload[0])
         message = self._sum.add(payload[0], sender=member.number, who=self.federation.contributor(member))
         self.ledger.update(round_, member, report, message, self._counts(message), len(payload[0]))
-        self._scores_before.append(report.score)
+        if report.score:
+            self._scores_before.append(report.score)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -177,8 +179,9 @@ class EncryptedLora(Strategy):
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
                 values, _ = open_reply(reply)
-                wishes.append(self.table.wish(member, values))
-                self.ledger.stages(round_, member, seconds_of(values))
+                wish, seconds = self.table.wish(member, values), seconds_of(values)
+                wishes.append(wish)
+                self.ledger.stages(round_, member, seconds)
                 self.ledger.negotiated(round_, member, len(json.dumps(values["columns"])), sent[member.name])
                 member.have = max(member.have, round_ - 1)
             except CiphertuneError as error:
@@ -241,9 +244,8 @@ class EncryptedLora(Strategy):
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
                 values, _ = open_reply(reply)
-                report = report_of(values, member.hello.heldout, self.settings.model.max_length)
-                found[member.name] = report.score
-                self.ledger.stages(round_, member, report.seconds)
+                found[member.name] = score_of(values, member.hello.heldout, self.settings.model.max_length)
+                self.ledger.stages(round_, member, seconds_of(values))
                 say(f"  {member.name} {stage}: held-out {show(found[member.name])}")
             except CiphertuneError as error:
                 say(f"{stage}: left out {member.name}: {error}")

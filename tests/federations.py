@@ -30,11 +30,16 @@ class Lab:
         self.grid: LocalGrid | None = None
 
     def __call__(
-        self, overrides: str = "", *, nodes: dict[int, dict[str, Any]] | None = None, tamper: Tamper | None = None
+        self,
+        overrides: str = "",
+        *,
+        nodes: dict[int, dict[str, Any]] | None = None,
+        tamper: Tamper | None = None,
+        outgoing: Any = None,
     ) -> Path:
         """Run it; returns the run folder. Raises what the ServerApp raises."""
         config = {"overrides": f"{self.base} {overrides}", "num-server-rounds": 0, "runs-dir": str(self.runs)}
-        self.grid = LocalGrid(simulated(4) if nodes is None else nodes, config, tamper)
+        self.grid = LocalGrid(simulated(4) if nodes is None else nodes, config, tamper, outgoing)
         server_app.app.app(self.grid, Context(self.grid.run_id, 1, {}, RecordDict(), config))
         (found,) = self.runs.iterdir()
         return found

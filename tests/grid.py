@@ -22,15 +22,24 @@ def through_bytes(records: RecordDict) -> RecordDict:
 
 
 class LocalGrid(Grid):
-    """`nodes`: node id -> node config. `tamper`: what a hostile client or network makes of a reply."""
+    """`nodes`: node id -> node config. `tamper`: what a hostile client or network makes of a reply.
+
+    `outgoing`: a message type, and what a hostile server makes of such a message.
+    """
 
     def __init__(
-        self, nodes: dict[int, dict[str, Any]], run_config: dict[str, Any], tamper: Tamper | None = None
+        self,
+        nodes: dict[int, dict[str, Any]],
+        run_config: dict[str, Any],
+        tamper: Tamper | None = None,
+        outgoing: tuple[str, Callable[[Message], None]] | None = None,
     ) -> None:
         self.nodes, self.run_config, self.tamper = dict(nodes), run_config, tamper
         self.run_id = 4242
         self.replies: dict[str, Message] = {}
         self.sent: list[tuple[int, Message]] = []
+        self.answered: list[tuple[int, Message]] = []
+        self.outgoing = outgoing
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self.run_id, 1
 
     def set_run(self, run: Any) -> None:
@@ -53,6 +62,8 @@ class LocalGrid(Grid):
             message.metadata.__dict__["_message_id"] = message_id
             node = message.metadata.dst_node_id
             self.sent.append((node, message))
+            if self.outgoing and message.metadata.message_type == self.outgoing[0]:
+                self.outgoing[1](message)
             message.content = through_bytes(message.content)
             context = Context(self.run_id, node, self.nodes[node], RecordDict(), self.run_config)
             try:
@@ -60,6 +71,7 @@ class LocalGrid(Grid):
                 reply.content = through_bytes(reply.content)
             except Exception as error:
                 reply = Message(Error(0, str(error)), reply_to=message)
+            self.answered.append((node, reply))
             self.replies[message_id] = self.tamper(reply, node) if self.tamper else reply
             ids.append(message_id)
         return ids

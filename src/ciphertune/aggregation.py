@@ -41,7 +41,7 @@ class SeparateSum:
         return message
 
     @property
-    def extra(self) -> dict[str, dict[str, float]]:
+    def extra(self) -> dict[str, dict[str, float | None]]:
         """What to write down about the round: sums are exact."""
         return {}
 

@@ -58,7 +58,7 @@ class Ledger:
         self._values[1] += encrypted
         self._added[round_] += 1
         self._add(self._up, round_, member, size_)
-        if round_ == 0:
+        if round_ == 0 and report.score:
             self._base[member.name] = report.score
         self.stages(round_, member, report.seconds)
         payload = len(message.clear) + len(message.secret)
@@ -73,8 +73,7 @@ class Ledger:
             values_clear=clear,
             values_cipher=encrypted,
             samples=member.hello.samples,
-            loss=report.score.loss,
-            metric=dict(report.score.metrics),
+            **({"loss": report.score.loss, "metric": dict(report.score.metrics)} if report.score else {}),
             train_loss=report.train_loss,
         )
 

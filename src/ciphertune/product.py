@@ -40,16 +40,16 @@ class ProductSum:
 
     session: the run.  round_: from 0.  total: samples of all clients asked, the denominator of every weight.
     truncation: after `release`, per layer, what the rank cap cost: the norm of what was cut from the clear part of M
-    over the norm of that part. What it cost in the encrypted part the server cannot know.
+    over the norm of that part; None where no column is clear. What it cost in the encrypted part the server cannot know.
     """
 
     def __init__(self, session: wire.Session, round_: int, total: int) -> None:
         self._session, self._round, self._total = session, round_, total
         self._updates: dict[int, _Update] = {}
-        self.truncation: dict[str, float] = {}
+        self.truncation: dict[str, float | None] = {}
 
     @property
-    def extra(self) -> dict[str, dict[str, float]]:
+    def extra(self) -> dict[str, dict[str, float | None]]:
         """What to write down about the round."""
         return {"truncation": self.truncation}
 
@@ -123,8 +123,10 @@ def by_code(clear: Vector, codes: Codes, n: int) -> Vector:
     return out
 
 
-def shared_basis(left: Sequence[Vector], right: Sequence[Vector], rank: int) -> tuple[Vector, Vector, Vector, float]:
-    """Q (m, rank), C (rank, sum r_i), M (rank, n) and the relative error of M, for ``sum_i left_i right_i = Q M``.
+def shared_basis(
+    left: Sequence[Vector], right: Sequence[Vector], rank: int
+) -> tuple[Vector, Vector, Vector, float | None]:
+    """Q (m, rank), C (rank, sum r_i), M (rank, n) and M's relative error, for ``sum_i left_i right_i = Q M``.
 
     left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. When `rank` is less than all that Q needs, the
     directions that matter most to the clear part stay, and after them those of the largest left factors.
@@ -137,7 +139,7 @@ def shared_basis(left: Sequence[Vector], right: Sequence[Vector], rank: int) -> 
     tiny = 1e-6 * (norm or 1.0) / (float(np.linalg.norm(c)) or 1.0)
     u = np.linalg.svd(np.concatenate([m, tiny * c], axis=1), full_matrices=False)[0][:, :rank]
     cut = u.T @ m
-    lost = float(np.linalg.norm(m - u @ cut)) / norm if norm else 0.0
+    lost = float(np.linalg.norm(m - u @ cut)) / norm if norm else None
     return q @ u, u.T @ c, cut, lost
 
 

@@ -54,7 +54,7 @@ def score_of(report: Mapping[str, Any], heldout: int, max_length: int) -> Score:
 class Report:
     """What a client says of a round, checked: it decides nothing but what is shown."""
 
-    score: Score
+    score: Score | None  # None in a round without evaluation
     train_loss: float
     seconds: Mapping[str, float]
 
@@ -67,10 +67,10 @@ def seconds_of(values: Mapping[str, Any]) -> dict[str, float]:
     return {stage: number(value, 0.0, 1e9) for stage, value in seconds.items()}
 
 
-def report_of(values: Mapping[str, Any], heldout: int, max_length: int) -> Report:
+def report_of(values: Mapping[str, Any], heldout: int, max_length: int, *, evaluated: bool = True) -> Report:
     """The report in a client's reply. Raises FormatError."""
     return Report(
-        score_of(values, heldout, max_length),
+        score_of(values, heldout, max_length) if evaluated else None,
         number(values.get("train_loss", 0.0), 0.0, 1e6),
         seconds_of(values),
     )

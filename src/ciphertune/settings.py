@@ -107,8 +107,13 @@ class FederationSettings:
     min_contributors: int = 2  # an aggregate of fewer is never released
     wait_timeout: float = 600.0  # seconds to wait for min_clients
     round_timeout: float = 3600.0  # seconds to wait for the replies of a round
+    evaluate_every: int = 1  # rounds; the clients also evaluate before the first and after the last
     compare_local: bool = True  # every client also trains alone, for the final table
     clients: tuple[ClientSettings, ...] = field(default_factory=lambda: (ClientSettings(),) * 4)
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether the clients measure the last mean before they train in this round."""
+        return round_ % self.evaluate_every == 0
 
 
 @dataclass(frozen=True)
