@@ -107,7 +107,7 @@ class EncryptedLora(Strategy):
         """One message per chosen client, with the aggregates it lacks."""
         self._chosen = self.federation.sample(self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
-        total = sum(m.hello.samples for m in self._chosen)
+        total = self.federation.total(self._chosen)
         messages = []
         for member in self._chosen:
             message, size = self._task(member, "train", server_round, total)
@@ -204,7 +204,7 @@ class EncryptedLora(Strategy):
     def _counts(self, message: wire.Message) -> tuple[int, int]:
         assert self.federation.session is not None
         plan = self.federation.session.plan
-        found = wire.counts(plan, message.kind, message.factors, message.rank, message.contributors)
+        found = wire.counts(plan, message.kind, message.round, message.rank, message.contributors)
         clear, secret = map(sum, found)
         return (clear, secret) if self.federation.session.public.encrypts else (clear + secret, 0)
 

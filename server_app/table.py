@@ -22,7 +22,7 @@ class Table:
     def due(self, round_: int, online: Sequence[Member]) -> bool:
         """Whether columns are to be negotiated before this round: at first, regularly, or for a larger new budget."""
         method, session = self._settings.method, self._federation.session
-        if method.select != "negotiated":
+        if not method.negotiates:
             return False
         assert session is not None
         every = method.renegotiate_every

@@ -56,3 +56,9 @@ class Adapter:
     def rank(self) -> int:
         """The common rank of all layers (0 when there is none)."""
         return max((f.rank for f in self.layers.values()), default=0)
+
+
+def difference(one: Adapter, two: Adapter) -> Adapter:
+    """Factor by factor and head by head, `one` minus `two`, of the same shapes."""
+    layers = {n: LoraFactors(f.a - two.layers[n].a, f.b - two.layers[n].b, f.scale) for n, f in one.layers.items()}
+    return Adapter(layers, {n: h - two.heads[n] for n, h in one.heads.items()})

@@ -6,6 +6,7 @@ clients. `product` (product.py): sums of products, in a basis that all clients s
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import FederationError, FormatError, RoundMismatchError
+from ciphertune.errors import FederationError, FormatError, PlanMismatchError, RoundMismatchError
 from ciphertune.ranks import Contributor
 
 
@@ -28,22 +29,35 @@ class SeparateSum:
         self._clear = session.clear.aggregator()
         self._secret = session.public.aggregator()
         self._contributors: dict[int, Contributor] = {}
+        self._mask = b""
 
     def add(self, data: bytes, *, sender: int, who: Contributor) -> wire.Message:
         """Check one update and add it. Raises WireError, leaving the sum as it was; a sender has one update."""
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
-        wire.check_contributors((*self._contributors.values(), who), self._total, self._session.plan)
         message, _ = opened(data, self._session, self._round, sender, who, self._total)  # before either part is added
+        wire.check_contributors((*self._contributors.values(), *message.contributors), self._total, self._session.plan)
+        mask = self._agreed(message)
         self._secret.add(message.secret)
         self._clear.add(message.clear)
-        self._contributors[sender] = who
+        self._mask = mask
+        (self._contributors[sender],) = message.contributors
         return message
 
     @property
     def extra(self) -> dict[str, dict[str, float | None]]:
         """What to write down about the round: sums are exact."""
         return {}
+
+    def _agreed(self, message: wire.Message) -> bytes:
+        """The mask of the round so far: equal bytes at all, or updates cannot be added. Raises PlanMismatchError."""
+        shorter, longer = sorted((self._mask, message.mask), key=len)
+        if longer[: len(shorter)] != shorter:
+            raise PlanMismatchError(
+                f"the mask of the update (digest {_digest(message.mask)}) is not that of the others in this round "
+                f"(digest {_digest(self._mask)}): its client holds another aggregate than they do"
+            )
+        return longer
 
     @property
     def contributors(self) -> int:
@@ -68,6 +82,7 @@ class SeparateSum:
             contributors=people,
             clear=self._clear.result(self._clear.blocks()),
             secret=self._secret.result(self._secret.blocks()),
+            mask=self._mask,
         )
         return cut(whole, self._session, sorted((c.rank for c in people), reverse=True)[max(1, minimum) - 1])
 
@@ -75,13 +90,22 @@ class SeparateSum:
 def opened(
     data: bytes, session: wire.Session, round_: int, sender: int, who: Contributor, total: int
 ) -> tuple[wire.Message, npt.NDArray[np.float64]]:
-    """An update and the values of its clear part, all within the bound. Raises WireError."""
-    expected = wire.Expected(wire.UPDATE, round_, sender, who.rank, total, who.samples, who.tier)
-    message = wire.decode(data, session, expected)
+    """An update and the values of its clear part, all within the bound. Raises WireError.
+
+    who: what it counts as; where clients are weighted by a norm that only they know, its samples are the most allowed.
+    """
+    known = None if session.plan.weighting == "norm" else who.samples
+    message = wire.decode(data, session, wire.Expected(wire.UPDATE, round_, sender, who.rank, total, known, who.tier))
+    if message.contributors[0].samples > who.samples:
+        raise FormatError(f"the update is weighted by {message.contributors[0].samples}, the most is {who.samples}")
     clear = parse(message.clear, session.clear.dtype)
     if clear.size and float(np.abs(clear).max()) > session.bound:
         raise FormatError(f"the clear part holds values above crypto.bound={session.bound:g}")
     return message, clear
+
+
+def _digest(mask: bytes) -> str:
+    return hashlib.sha256(mask).hexdigest()[:16]
 
 
 def too_few(round_: int, found: int, minimum: int) -> FederationError:
@@ -94,8 +118,10 @@ def too_few(round_: int, found: int, minimum: int) -> FederationError:
 
 def cut(message: wire.Message, session: wire.Session, rank: int) -> wire.Message:
     """The aggregate as a client that shares `rank` components needs it: a prefix of both parts, or all of a product."""
-    if session.plan.aggregate == "product":
+    if session.plan.aggregate != "separate":
         return message
     rank = min(rank, message.rank)
-    clear, secret = wire.sizes(session, message.kind, message.factors, rank, message.contributors)
-    return replace(message, rank=rank, clear=message.clear[:clear], secret=message.secret[:secret])
+    clear, secret, mask = wire.sizes(session, message.kind, message.round, rank, message.contributors)
+    return replace(
+        message, rank=rank, clear=message.clear[:clear], secret=message.secret[:secret], mask=message.mask[:mask]
+    )

@@ -42,8 +42,20 @@ def make_plan(
         aggregate=method.aggregate,
         rank_cap=cap if method.aggregate == "product" else 0,
         budgets=budgets,
+        prune=method.prune,
+        schedule=prune_schedule(settings),
+        prune_mean=method.prune_mean,
+        weighting=method.weighting,
+        fraction=method.fraction if method.select == "entries" else 1.0,
         columns=columns,
     )
+
+
+def prune_schedule(settings: Settings) -> tuple[float, float, float, float]:
+    """First rate, last rate, first round, last round of pruning; scaled: the fixed course over this run's rounds."""
+    method = settings.method
+    by = settings.federation.rounds / method.prune_until if method.prune_schedule == "scaled" else 1.0
+    return method.prune_start, method.prune_target, method.prune_from * by, method.prune_until * by
 
 
 def session(settings: Settings, plan: Plan, *, run: int, key_fingerprint: bytes) -> Session:

@@ -6,14 +6,21 @@ import re
 from typing import Any
 
 from ciphertune.errors import SettingsError
+from ciphertune.privacy import noise_multiplier
 from ciphertune.sensitivity import SCORES
-from ciphertune.settings import Settings, ckks_params
+from ciphertune.settings import MethodSettings, Settings, ckks_params
 
 CHOICES = {
-    "method.share": ("both", "alternate", "b_only"),
-    "method.select": ("none", "all", "negotiated"),
-    "method.aggregate": ("separate", "product"),
-    "method.fit_rank": ("nested", "pad", "svd"),
+    "method.share": ("both", "alternate", "b_only", "none"),
+    "method.select": ("none", "all", "negotiated", "dropped", "entries"),
+    "method.aggregate": ("separate", "product", "stack"),
+    "method.fit_rank": ("nested", "pad", "svd", "merge"),
+    "method.weighting": ("samples", "norm"),
+    "method.prune": ("none", "own", "agreed"),
+    "method.prune_schedule": ("fixed", "scaled"),
+    "method.prune_mean": ("all", "kept"),
+    "method.noise": ("none", "gaussian"),
+    "training.schedule": ("constant", "cosine"),
     "method.first_score": SCORES,
     "method.score": SCORES,
     "model.scaling": ("common", "own"),
@@ -27,6 +34,16 @@ CHOICES = {
 # inclusive bounds
 RANGES = {
     "method.rank_cap": (0, 4096),
+    "method.fraction": (1e-6, 1.0),
+    "method.prune_start": (0.0, 0.999),
+    "method.prune_target": (0.0, 0.999),
+    "method.prune_from": (0.0, 1e6),
+    "method.prune_until": (0.0, 1e6),
+    "method.clip": (1e-6, 1e6),
+    "method.noise_multiplier": (1e-3, 1e4),
+    "method.epsilon": (0.0, 1e3),
+    "method.delta": (1e-12, 0.1),
+    "training.learning_rate_end": (0.0, 10.0),
     "method.renegotiate_every": (0, 100_000),
     "method.calibration_samples": (1, 1_000_000),
     "crypto.coefficient_bits": (0, 60),
@@ -96,29 +113,54 @@ def check(settings: Settings) -> None:
 def _check_method(settings: Settings) -> None:
     """Raise SettingsError for names that make no method together."""
     method, crypto = settings.method, settings.crypto
-    if method.select == "none" and crypto.backend != "clear":
+    nothing_secret = method.select in ("none", "dropped")
+    if nothing_secret and crypto.backend != "clear":
         raise SettingsError(
             f"method={method.name} sends everything in the clear: use crypto=clear, not {crypto.backend}"
         )
-    product = method.aggregate == "product"
-    if (method.fit_rank == "svd") != product or (product and method.share != "both"):
+    fits = {"separate": ("nested", "pad"), "product": ("svd",), "stack": ("merge",)}[method.aggregate]
+    if method.fit_rank not in fits or (method.aggregate != "separate" and method.share != "both"):
         raise SettingsError(
             f"method.aggregate={method.aggregate} with method.share={method.share} and method.fit_rank="
-            f"{method.fit_rank}: a product is of both factors (method.share=both), fitted by method.fit_rank=svd; sums "
-            "are not"
+            f"{method.fit_rank}: want method.fit_rank={' or '.join(fits)}"
+            + ("" if method.aggregate == "separate" else ", and method.share=both")
         )
-    if ((method.select == "negotiated") and not product) or (method.select == "all" and product):
+    selects = {"separate": ("none", "all", "entries"), "product": ("none", "negotiated", "dropped"), "stack": ("none",)}
+    if method.select not in selects[method.aggregate]:
         raise SettingsError(
-            f"method.select={method.select} with method.aggregate={method.aggregate}: columns are negotiated for a "
-            "product, and to encrypt all of a product's A give every client the budget 1"
+            f"method.select={method.select} with method.aggregate={method.aggregate}: want one of "
+            f"{', '.join(selects[method.aggregate])}; to encrypt all of a product's A give every client the budget 1"
         )
-    if settings.model.scaling == "own" and not product:
+    if settings.model.scaling == "own" and method.aggregate == "separate":
         raise SettingsError(
             "model.scaling=own: factors of clients with unequal scales cannot be averaged apart; use "
             "model.scaling=common, or a method with method.aggregate=product"
         )
-    if product and crypto.backend == "ckks" and not crypto.coefficient_bits:
+    if method.aggregate == "product" and crypto.backend == "ckks" and not crypto.coefficient_bits:
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
+    _check_pruning(method)
+    if method.noise == "gaussian":
+        noise_multiplier(method, settings.federation.rounds)
+    if method.noise != "none" and method.aggregate != "separate":
+        raise SettingsError(f"method.noise={method.noise} with method.aggregate={method.aggregate}: want separate")
+
+
+def _check_pruning(method: MethodSettings) -> None:
+    """Raise SettingsError for a schedule that is none, or a method that cannot be pruned."""
+    if method.prune_target < method.prune_start:
+        raise SettingsError(
+            f"method.prune_target={method.prune_target:g} is below method.prune_start={method.prune_start:g}"
+        )
+    if method.prune_until <= method.prune_from:
+        raise SettingsError(
+            f"method.prune_until={method.prune_until:g} is not after method.prune_from={method.prune_from:g}: "
+            "the rate could not rise in between"
+        )
+    if method.prune != "none" and (method.select != "all" or method.aggregate != "separate"):
+        raise SettingsError(
+            f"method.prune={method.prune} with method.select={method.select} and method.aggregate={method.aggregate}: "
+            "pruning needs method.select=all and method.aggregate=separate"
+        )
 
 
 def _get(settings: Settings, dotted: str) -> Any:

@@ -18,25 +18,27 @@ from typing import Any
 
 import numpy as np
 
-from ciphertune import exchange, wire, wishes
-from ciphertune.adapter import Adapter
+from ciphertune import exchange, merging, wire, wishes
+from ciphertune.adapter import Adapter, difference
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.errors import PlanMismatchError, SettingsError
+from ciphertune.greeting import join, shapes
 from ciphertune.lm import cache as lm_cache
 from ciphertune.lm import data as lm_data
 from ciphertune.lm import evaluate as lm_evaluate
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
-from ciphertune.plan import HeadShape, LayerShape, Plan
-from ciphertune.progress import Progress
+from ciphertune.plan import Plan
+from ciphertune.privacy import epsilon, noise_multiplier, protect
+from ciphertune.progress import Progress, note
+from ciphertune.ranks import norm_weight
 from ciphertune.settings import Settings
 from ciphertune.split import keep_own
 from ciphertune.state import load_state, record, save_state
 from ciphertune.task import Task, Terms, parse_task
-from ciphertune.versions import code_digest, versions
 
 _STATE = "state/adapter.safetensors"
 
@@ -72,7 +74,7 @@ class Client:
     @cached_property
     def budget(self) -> float:
         """The share of the columns of A that this client encrypts, where the method negotiates them."""
-        if self.settings.method.select != "negotiated":
+        if not self.settings.method.negotiates:
             return 0.0
         return wishes.budget_of(self.node, self.run, shapes(self.model.read())[0], self.secret)
 
@@ -131,36 +133,6 @@ def handle(
     return (finish(client, task, received) if what == "evaluate" else alone(client, task.rounds)), []
 
 
-def shapes(adapter: Adapter) -> tuple[tuple[LayerShape, ...], tuple[HeadShape, ...]]:
-    """What a plan says of an adapter, independent of its rank."""
-    layers = tuple(LayerShape(name, f.b.shape[0], f.a.shape[1]) for name, f in adapter.layers.items())
-    return layers, tuple(HeadShape(name, h.shape) for name, h in adapter.heads.items())
-
-
-def join(client: Client) -> dict[str, Any]:
-    """What the server must know to make the plan, as plain values."""
-    initial = client.model.read()
-    layers, heads = shapes(initial)
-    return {
-        "name": client.node.name,
-        "index": client.node.index,
-        "simulated": client.node.simulated,
-        "rank": client.node.rank,
-        "budget": client.budget,
-        "samples": len(client.data.train),
-        "heldout": len(client.data.heldout),
-        "data": client.data.description if client.node.simulated else "",
-        "layers": [[x.name, x.m, x.n] for x in layers],
-        "heads": [[h.name, list(h.shape)] for h in heads],
-        "key": client.secret.fingerprint.hex(),
-        "parameters": client.secret.public.digest().hex(),
-        "settings": client.settings.digest().hex(),
-        "code": code_digest(),
-        "initial": initial_digest(initial),
-        "versions": versions(),
-    }
-
-
 def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
     """Score the columns of A on this client's own examples, and name those it wants encrypted, by their codes."""
     client.model.write(_catch_up(client, task, received)[0])
@@ -177,6 +149,7 @@ def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any
 
 def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
+    initial = client.model.read()
     adapter, at = _catch_up(client, task, received)
     client.model.write(adapter)
     report = _evaluate(client) if client.settings.federation.evaluates(task.round) else {}
@@ -186,22 +159,23 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         codes = exchange.codes_of(link, client.secret)
         wishes.tell_coverage(client.node, client.run, plan, client.budget, codes)
     factors = plan.factors(task.round)
-    client.model.freeze("" if len(factors) == 2 else "a" if factors == ("b",) else "b")
+    client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
+    training = client.settings.training
     with client.timed("train"):
         result = lm_train.train(
             client.model,
             client.data.train,
-            client.settings.training,
+            replace(training, learning_rate=training.rate(task.round, task.rounds)),
             seed=seed(client, task.round),
-            # a product gives every client new factors, to which the moments of the old ones mean nothing
+            # products and stacks give every client new factors, to which the moments of the old ones mean nothing
             state=None
-            if plan.aggregate == "product"
+            if plan.aggregate != "separate"
             else client.node.folder / "state" / f"optimizer-{client.run:x}.safetensors",
             progress=progress,
         )
-    update = client.model.read()
-    own = keep_own(adapter, update, plan.shared(adapter.rank))
+    trained = client.model.read()
+    update = _protected(client, trained, adapter, task)
     if client.settings.record_updates:
         record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
     with client.timed("seal"):
@@ -211,11 +185,15 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             client.secret,
             round_=task.round,
             sender=task.sender,
-            samples=len(client.data.train),
+            samples=norm_weight(update) if plan.weighting == "norm" else len(client.data.train),
             total=task.total,
             tier=tier,
+            guide=difference(adapter, initial) if plan.select == "entries" else adapter,
         )
-    if plan.shared(adapter.rank) < adapter.rank:
+    if plan.share == "none":
+        save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
+    elif plan.shared(adapter.rank) < adapter.rank:
+        own = keep_own(adapter, trained, plan.shared(adapter.rank))
         save_state(client.node.folder / _STATE, own, run=client.run, round_=at)
     return data, report | {"train_loss": result.loss, "samples": result.samples, "seconds": client.seconds}
 
@@ -226,7 +204,28 @@ def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, A
     report = _evaluate(client)
     with client.timed("save"):
         client.model.save(client.node.folder / "adapter")
+        merging.keep_beside(client.node.folder, client.run)
     return report | {"seconds": client.seconds}
+
+
+def _protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) -> Adapter:
+    """What this client sends of what it trained: clipped and noised where the method says so."""
+    method = client.settings.method
+    if method.noise == "none":
+        return trained
+    plan, z = client.plan(task.terms), noise_multiplier(method, task.rounds)
+    spent = epsilon([z] * (task.round + 1), method.delta)
+    note(
+        client.node.name, f"noise {z:.3g} x clip {method.clip:g}; epsilon at most {spent:.3g} (delta {method.delta:g})"
+    )
+    return protect(
+        trained,
+        adapter,
+        plan.factors(task.round),
+        clip=method.clip,
+        noise_multiplier=z,
+        generator=np.random.default_rng(),  # from the operating system: noise that follows from a seed hides nothing
+    )
 
 
 def alone(client: Client, rounds: int) -> dict[str, Any]:
@@ -245,23 +244,14 @@ def seed(client: Client, round_: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-def initial_digest(adapter: Adapter) -> str:
-    """Digest of the first component of every layer and of the heads: all clients must start from the same adapter."""
-    total = hashlib.sha256()
-    for name, factors in adapter.layers.items():
-        total.update(name.encode() + np.ascontiguousarray(factors.a[0], np.float32).tobytes())
-    for name, head in adapter.heads.items():
-        total.update(name.encode() + np.ascontiguousarray(head, np.float32).tobytes())
-    return total.hexdigest()[:16]
-
-
 def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int]:
     """This node's adapter after the aggregates that came along, and the last one's round.
 
     Raises PlanMismatchError when earlier ones are missing.
     """
     path = client.node.folder / _STATE
-    adapter, at = load_state(path, client.model.read(), run=client.run)
+    initial = client.model.read()
+    adapter, at = load_state(path, initial, run=client.run)
     if at < task.base:
         raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
     if len(task.aggregates) != len(received):
@@ -271,6 +261,11 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
             link, at = client.session(client.plan(found.terms)), found.round
             adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
             _enough(message, link.plan, client.settings.federation.min_contributors)
+            if link.plan.fit_rank == "merge":
+                merging.merge(client.node.folder, client.run, at, adapter)
+                adapter = Adapter(initial.layers, adapter.heads)  # started anew on the merged model
+    if client.settings.method.fit_rank == "merge":
+        client.model.add_to_base(merging.merged(client.node.folder, client.run))
     if received:
         save_state(path, adapter, run=client.run, round_=at)
         if client.settings.record_updates:

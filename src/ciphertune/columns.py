@@ -64,6 +64,8 @@ def clear_codes(plan: Plan, tier: int) -> list[Codes]:
 def basis_ranks(plan: Plan, contributors: Sequence[Contributor]) -> tuple[int, ...]:
     """R per layer: the columns of Q and rows of M of an aggregate."""
     total = sum(c.rank for c in contributors)
+    if plan.aggregate == "stack":
+        return (total,) * len(plan.layers)
     cap = min(total, plan.rank_cap) if plan.rank_cap else total
     return tuple(min(x.m, cap) for x in plan.layers)
 
@@ -72,12 +74,17 @@ def update_counts(plan: Plan, who: Contributor) -> Counts:
     """(clear, secret) values of each segment of an update."""
     hidden = plan.hidden(who.tier)
     clear = [who.rank * size for x, h in zip(plan.layers, hidden, strict=True) for size in (x.m, x.n - h)]
-    return tuple(clear), (head_size(plan), *(sum(hidden),) * who.rank)
+    return tuple(clear), (head_size(plan), *(sum(hidden),) * (0 if plan.select == "dropped" else who.rank))
+
+
+def aggregate_tier(plan: Plan, contributors: Sequence[Contributor]) -> int:
+    """The tier whose columns are secret in an aggregate: the largest of its contributors; -1 where none are."""
+    return -1 if plan.select == "dropped" else max(c.tier for c in contributors)
 
 
 def aggregate_counts(plan: Plan, contributors: Sequence[Contributor]) -> Counts:
     """(clear, secret) values of each segment of an aggregate."""
-    hidden, basis = plan.hidden(max(c.tier for c in contributors)), basis_ranks(plan, contributors)
+    hidden, basis = plan.hidden(aggregate_tier(plan, contributors)), basis_ranks(plan, contributors)
     clear = [r * size for x, h, r in zip(plan.layers, hidden, basis, strict=True) for size in (x.m, x.n - h)]
     return tuple(clear), (head_size(plan), *(sum(hidden),) * max(basis, default=0))
 
@@ -102,10 +109,10 @@ def split_columns(adapter: Adapter, plan: Plan, tier: int, codes: Sequence[Codes
     for factors, a, shown in zip(found, by_code, clear_codes(plan, tier), strict=True):
         clear += [np.ravel(factors.b.astype(np.float64) * factors.scale), np.ravel(a[:, shown])]
     where = slots(plan, tier)
-    rows = np.zeros((adapter.rank, where.code.size))
+    rows = np.zeros((0 if plan.select == "dropped" else adapter.rank, where.code.size))
     for i, a in enumerate(by_code):
         here = where.layer == i
-        rows[:, here] = a[:, where.code[here]]
+        rows[:, here] = a[: rows.shape[0], where.code[here]]
     return [clear, [pack_heads(adapter, plan) * weight, *rows]]
 
 

@@ -6,17 +6,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ciphertune import wire
-from ciphertune.adapter import Adapter
-from ciphertune.columns import Codes, basis_ranks, in_column_order, join_columns, read_clear, split_columns
+from ciphertune import pruning, wire
+from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.columns import (
+    Codes,
+    aggregate_tier,
+    basis_ranks,
+    in_column_order,
+    join_columns,
+    read_clear,
+    split_columns,
+)
+from ciphertune.crypto import masks
 from ciphertune.crypto.base import blocks_for, check_range
 from ciphertune.crypto.clear import parse
 from ciphertune.crypto.indices import permutation
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import RangeError
+from ciphertune.errors import FormatError, PlanMismatchError, RangeError
+from ciphertune.plan import Plan
 from ciphertune.product import reach
 from ciphertune.ranks import Contributor, divisors, reparameterise, to_mean
-from ciphertune.split import Vector, join, join_heads, split
+from ciphertune.split import Vector, head_size, join, join_heads, pack
 
 # of an entry of a mean; entries of trained factors are of the order of 0.01 to 1
 _LARGEST_ERROR = 1e-3
@@ -32,10 +42,12 @@ def seal(
     samples: int,
     total: int,
     tier: int = 0,
+    guide: Adapter | None = None,
 ) -> bytes:
     """The update of one client, weighted by `samples / total` and encrypted, as bytes for the server.
 
-    tier: of the plan's budgets, how much of A this client hides (method.aggregate=product).
+    tier: of the plan's budgets, how much of A this client hides (method.aggregate=product).  guide: what a mask shared
+    by all clients follows from: the last mean, or for select=entries its last change; the same at all of them.
     Raises RangeError for values that are not finite or exceed the session's bound, PlanMismatchError
     for an adapter of another shape.
     """
@@ -45,12 +57,16 @@ def seal(
     for tensor in (*adapter.heads.values(), *(x for f in adapter.layers.values() for x in (f.a, f.b))):
         check_range(tensor, session.bound)
     factors, weight, rank = plan.factors(round_), samples / total, plan.shared(adapter.rank)
-    if plan.aggregate == "product":
+    mask = b""
+    if plan.aggregate == "separate":
+        packed = pack(adapter, plan, factors)
+        keep = _kept(packed, guide, plan, round_, rank)
+        clear, hidden = pruning.divide(packed, weight, plan, round_, rank, keep)
+        if keep is not None and plan.left_out(round_):
+            mask = _closed(keep, session, secret, round_, rank)
+    else:
         _check_reach(adapter, session)
         clear, hidden = split_columns(adapter, plan, tier, codes_of(session, secret), weight)
-    else:
-        parts = split(adapter, plan, factors)
-        clear, hidden = ([x * weight for x in part] for part in (parts.clear, parts.secret))
     message = wire.Message(
         kind=wire.UPDATE,
         factors=factors,
@@ -61,6 +77,7 @@ def seal(
         contributors=(Contributor(rank, samples, tier),),
         clear=b"".join(values.astype(session.clear.dtype).tobytes() for values in clear),
         secret=b"".join(secret.encrypt(values) for values in hidden),
+        mask=mask,
     )
     return wire.encode(message, session)
 
@@ -68,7 +85,7 @@ def seal(
 def unseal(
     data: bytes, session: wire.Session, secret: SecretPart, *, round_: int, rank: int, base: Adapter
 ) -> tuple[Adapter, wire.Message]:
-    """The mean of a round, written over `base`, and the message it came in.
+    """The mean of a round, written over `base`, and the message it came in; of stacks, an adapter to be merged.
 
     rank: components in the aggregate, at most the base's, or of a product what the server announced. Components and
     factors that did not travel keep the base's values. Raises WireError.
@@ -76,11 +93,16 @@ def unseal(
     message = wire.decode(data, session, wire.Expected(wire.AGGREGATE, round_, 0, rank))
     clear, segments = parse(message.clear, session.clear.dtype), _decrypted(message, session, secret)
     _precise_enough(message, session)
-    if session.plan.aggregate == "product":
+    if session.plan.aggregate != "separate":
         adapter = _from_product(clear, segments, message, session, codes_of(session, secret), base)
     else:
-        packed = np.concatenate([clear, *segments])
-        mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
+        keep = _opened(message, session, secret)
+        packed, weights = pruning.unite(clear, segments, session.plan, round_, message.rank, keep)
+        if weights is None:
+            mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
+        else:  # half of the smallest weight is zero with the noise of encryption
+            least = min(c.samples for c in message.contributors) / message.total / 2
+            mean = np.where(weights > least, packed / np.maximum(weights, least), 0.0)
         adapter = join(mean, session.plan, message.factors, base)
     for tensor in (*adapter.heads.values(), *(x for f in adapter.layers.values() for x in (f.a, f.b))):
         if tensor.size and not np.abs(tensor).max() <= 2 * session.bound:
@@ -91,6 +113,52 @@ def unseal(
 def _absurd(round_: int, bound: float) -> RangeError:
     """An undetected wrong key, a wrapped sum or a forged total shows as absurd numbers, never as an exception."""
     return RangeError(f"the mean of round {round_} holds values above crypto.bound={bound:g}")
+
+
+def _kept(packed: Vector, guide: Adapter | None, plan: Plan, round_: int, rank: int) -> pruning.Mask | None:
+    """The entries that a round's pruning or selection leaves, None where it leaves all."""
+    factors = plan.factors(round_)
+    if rate := plan.left_out(round_):
+        if guide is None:
+            raise PlanMismatchError(f"this node holds no mean from which the mask of round {round_} would follow")
+        return pruning.choose(pack(guide, plan, factors), plan, factors, rank, rate)
+    if plan.prune == "own" and (rate := plan.rate(round_)):
+        return pruning.choose(packed, plan, factors, rank, rate)
+    return None
+
+
+def _closed(keep: pruning.Mask, session: wire.Session, secret: SecretPart, round_: int, rank: int) -> bytes:
+    """The mask as it travels: per tier, without the heads."""
+    bits, out = keep[head_size(session.plan) :], b""
+    for tier, entries in enumerate(pruning.mask_entries(session.plan, session.plan.factors(round_), round_, rank)):
+        out += masks.close(bits[:entries], _mask_key(secret), _mask_context(session, round_, tier))
+        bits = bits[entries:]
+    return out
+
+
+def _opened(message: wire.Message, session: wire.Session, secret: SecretPart) -> pruning.Mask | None:
+    """The mask of an aggregate, None where there is none. Raises FormatError."""
+    entries = pruning.mask_entries(session.plan, message.factors, message.round, message.rank)
+    if not entries:
+        return None
+    found, at = [np.ones(head_size(session.plan), bool)], 0
+    for tier, count in enumerate(entries):
+        data = message.mask[at : at + masks.size(count)]
+        found.append(masks.open_(data, count, _mask_key(secret), _mask_context(session, message.round, tier)))
+        at += masks.size(count)
+    keep = np.concatenate(found)
+    counted = wire.counts(session.plan, message.kind, message.round, message.rank, message.contributors)[1]
+    if int(keep.sum()) != sum(counted):
+        raise FormatError("the message's mask leaves another number of entries than the plan")
+    return keep
+
+
+def _mask_key(secret: SecretPart) -> bytes:
+    return secret.derive(b"mask, first half") + secret.derive(b"mask, second half")
+
+
+def _mask_context(session: wire.Session, round_: int, tier: int) -> bytes:
+    return f"run {session.run} round {round_} tier {tier}".encode()
 
 
 def codes_of(session: wire.Session, secret: SecretPart) -> list[Codes]:
@@ -107,9 +175,11 @@ def _from_product(
     codes_by_layer: Sequence[Codes],
     base: Adapter,
 ) -> Adapter:
-    """The best adapter of the base's rank for the summed products, divided by the weight that contributed."""
+    """The summed products, divided by the weight that contributed, as the best adapter of the base's rank; where
+    they are to be merged, as an adapter of all components.
+    """
     plan, share = session.plan, sum(c.samples for c in message.contributors) / message.total
-    tier, basis = max(c.tier for c in message.contributors), basis_ranks(plan, message.contributors)
+    tier, basis = aggregate_tier(plan, message.contributors), basis_ranks(plan, message.contributors)
     factors = read_clear(clear, plan, basis, tier)
     rows = np.stack(segments[1:]) if len(segments) > 1 else np.zeros((0, 0))
     if not np.isfinite(rows).all():
@@ -117,7 +187,11 @@ def _from_product(
     layers = {}
     products = join_columns(factors, rows, plan, tier)
     for layer, found, m, codes in zip(plan.layers, factors, products, codes_by_layer, strict=True):
-        layers[layer.name] = reparameterise(found.left, in_column_order(m, codes) / share, base.layers[layer.name])
+        old, mean = base.layers[layer.name], in_column_order(m, codes) / share
+        if plan.fit_rank == "merge":
+            layers[layer.name] = LoraFactors(mean, found.left / old.scale, old.scale)
+        else:
+            layers[layer.name] = reparameterise(found.left, mean, old)
     return Adapter(layers, join_heads(segments[0] / share, plan, base))
 
 
@@ -135,12 +209,14 @@ def _check_reach(adapter: Adapter, session: wire.Session) -> None:
 def _precise_enough(message: wire.Message, session: wire.Session) -> None:
     """Refuse a sum whose weights are so small that dividing by them would raise the noise above the values."""
     people = message.contributors
-    if session.plan.aggregate == "product":  # divided as a whole; coefficients and values of the order of 1
+    if session.plan.aggregate != "separate":  # divided as a whole; coefficients and values of the order of 1
         shares = np.array([sum(c.samples for c in people) / message.total])
         noise = session.public.product_error_bound(1.0, 1.0, 1.0)
     else:
-        shares = divisors(session.plan, people, message.total, message.rank)
+        shares = divisors(session.plan, people, message.total, max(1, message.rank))
         noise = session.public.error_bound(len(people), 1.0)
+    if not session.public.encrypts:
+        noise = 0.0  # floats in the clear are as precise as they are small
     if not shares.all() or noise / shares.min() > _LARGEST_ERROR:
         raise RangeError(
             f"the contributors of round {message.round} have {shares.min():.1e} of the weight that was asked: "
@@ -150,7 +226,7 @@ def _precise_enough(message: wire.Message, session: wire.Session) -> None:
 
 def _decrypted(message: wire.Message, session: wire.Session, secret: SecretPart) -> list[Vector]:
     """The values of each encrypted segment. Of a product all but the first, the heads, are combinations."""
-    _, counted = wire.counts(session.plan, message.kind, message.factors, message.rank, message.contributors)
+    _, counted = wire.counts(session.plan, message.kind, message.round, message.rank, message.contributors)
     found, at = [], 0
     for i, count in enumerate(counted):
         size = blocks_for(session.public, count) * session.public.block_bytes

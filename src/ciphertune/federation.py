@@ -17,7 +17,7 @@ from ciphertune.negotiation import Negotiated, Wish, negotiate
 from ciphertune.node import NAME
 from ciphertune.plan import FACTORS, HeadShape, LayerShape, Plan
 from ciphertune.product import ProductSum
-from ciphertune.ranks import Contributor
+from ciphertune.ranks import LARGEST_NORM, Contributor
 from ciphertune.scores import number
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
@@ -135,7 +135,7 @@ class Federation:
         Raises FederationError when the clients are fewer than that.
         """
         enough = self.settings.federation.min_contributors
-        if self.settings.method.aggregate == "product" and len(present) >= enough:
+        if self.settings.method.aggregate != "separate" and len(present) >= enough:
             return tuple(sorted(set(present)))  # every component of everybody is in the one sum
         tiers = tuple(t for t in sorted(set(present)) if sum(r >= t for r in present) >= enough)
         if not tiers:
@@ -195,7 +195,7 @@ class Federation:
         """Whether the plan has a budget as large as this member's."""
         assert self.session is not None
         plan = self.session.plan
-        return plan.select != "negotiated" or member.hello.budget <= max(plan.budgets, default=-1.0)
+        return not plan.negotiates or member.hello.budget <= max(plan.budgets, default=-1.0)
 
     def sample(self, available: Sequence[Member]) -> list[Member]:
         """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""
@@ -207,8 +207,12 @@ class Federation:
     def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
         """An empty sum for the round."""
         assert self.session is not None
-        kind = ProductSum if self.session.plan.aggregate == "product" else SeparateSum
-        return kind(self.session, round_, sum(m.hello.samples for m in chosen))
+        kind = SeparateSum if self.session.plan.aggregate == "separate" else ProductSum
+        return kind(self.session, round_, self.total(chosen))
+
+    def total(self, chosen: Sequence[Member]) -> int:
+        """The denominator of a round's weights."""
+        return sum(self.contributor(m).samples for m in chosen)
 
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
@@ -230,7 +234,8 @@ class Federation:
         assert self.session is not None
         plan, hello = self.session.plan, member.hello
         tier = plan.tier(hello.budget) if self.covered(member) else 0
-        return Contributor(plan.shared(hello.rank), hello.samples, tier)
+        weight = hello.samples if plan.weighting == "samples" else LARGEST_NORM
+        return Contributor(plan.shared(hello.rank), weight, tier)
 
 
 def _needed(history: Sequence[tuple[wire.Message, Plan]], have: int, rank: int) -> list[tuple[wire.Message, Plan]]:
@@ -240,7 +245,9 @@ def _needed(history: Sequence[tuple[wire.Message, Plan]], have: int, rank: int) 
     for message, plan in reversed(history):
         if message.round <= have or (found and plan.aggregate == "product"):  # the last product replaces everything
             break
-        if any(min(message.rank, rank) > covered[f] for f in message.factors):
+        if plan.aggregate == "stack":  # and every stack is merged
+            found.append((message, plan))
+        elif any(min(message.rank, rank) > covered[f] for f in message.factors):
             found.append((message, plan))
             for factor in message.factors:
                 covered[factor] = max(covered[factor], min(message.rank, rank))

@@ -9,6 +9,7 @@ from typing import Any
 
 from ciphertune import wire
 from ciphertune.federation import Member
+from ciphertune.privacy import Spent, noise_multiplier
 from ciphertune.runs import ServerFolder
 from ciphertune.scores import Report, Score, mean, show, size
 from ciphertune.settings import Settings
@@ -28,6 +29,14 @@ class Ledger:
         self._seconds: dict[str, float] = defaultdict(float)
         self._before: dict[int, Score | None] = {}
         self._round_seconds: list[float] = []
+        method = settings.method
+        self._spent = (
+            Spent(noise_multiplier(method, settings.federation.rounds), method.delta)
+            if method.noise != "none"
+            else None
+        )
+        self._weights: dict[str, float] = {}  # of this round's contributors
+        self._epsilon: dict[str, dict[str, float]] = {}
         self._start = time.perf_counter()
         self._base: dict[str, Score] = {}
         self.local: dict[str, Score] = {}
@@ -57,6 +66,7 @@ class Ledger:
         self._values[0] += clear
         self._values[1] += encrypted
         self._added[round_] += 1
+        self._weights[member.name] = message.contributors[0].samples / message.total
         self._add(self._up, round_, member, size_)
         if round_ == 0 and report.score:
             self._base[member.name] = report.score
@@ -90,6 +100,12 @@ class Ledger:
 
     def close_round(self, round_: int, before: Score | None, seconds: float) -> None:
         """A round is over. before: the mean of what the clients measured before they trained in it."""
+        if self._spent:
+            self._epsilon = self._spent.round(self._weights)
+            for name, views in self._epsilon.items():
+                found = {f"epsilon_{view}": value for view, value in views.items()}
+                self._folder.line(round_, "privacy", name, **found, delta=self._settings.method.delta)
+            self._weights = {}
         self._before[round_] = before
         self._round_seconds.append(seconds)
         self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_])
@@ -105,8 +121,15 @@ class Ledger:
         return (
             f"round {round_ + 1}/{rounds}: {self._added[round_]} of {self._asked[round_]} clients, "
             f"held-out loss before it {show(self._before[round_])}, up {size(up)} down {size(down)} per client, "
-            f"{self.encrypted_fraction:.0%} encrypted, {seconds:.0f} s left"
+            f"{self.encrypted_fraction:.0%} encrypted, {self._worst()}{seconds:.0f} s left"
         )
+
+    def _worst(self) -> str:
+        """The largest epsilon so far, in words; empty without noise."""
+        if not self._epsilon:
+            return ""
+        server, client = (max(views[v] for views in self._epsilon.values()) for v in ("server", "client"))
+        return f"epsilon {server:.3g} to the server, {client:.3g} to another client, "
 
     @property
     def encrypted_fraction(self) -> float:
@@ -150,6 +173,7 @@ class Ledger:
             "bytes_up": _mean(up),
             "bytes_down": _mean(down),
             "encrypted_fraction": self.encrypted_fraction,
+            **({"epsilon": self._epsilon[name]} if name in self._epsilon else {}),
         }
 
 

@@ -56,13 +56,18 @@ class Plan:
     heads: tuple[HeadShape, ...]
     scale: float  # alpha / r, common to all clients
     tiers: tuple[int, ...]  # ascending; a message holds the components up to one of these
-    share: str  # both | alternate | b_only
-    select: str  # none | all | negotiated
-    fit_rank: str  # nested | pad | svd
-    aggregate: str = "separate"  # separate | product
+    share: str  # both | alternate | b_only | none
+    select: str  # none | all | negotiated | dropped | entries
+    fit_rank: str  # nested | pad | svd | merge
+    aggregate: str = "separate"  # separate | product | stack
     rank_cap: int = 0  # product: largest rank of an aggregate, 0 for none
     budgets: tuple[float, ...] = ()  # negotiated: ascending; a client encrypts the columns of one of these
     columns: tuple[tuple[int, ...], ...] = ()  # negotiated: codes per layer; those of a budget are the first ones
+    prune: str = "none"  # none | own | agreed
+    schedule: tuple[float, ...] = (0.0, 0.0, 0.0, 1.0)  # pruning: first rate, last rate, first round, last round
+    prune_mean: str = "all"  # own: a pruned entry counts as zero in the mean, or (kept) does not count
+    fraction: float = 1.0  # select=entries: share of the entries to encrypt
+    weighting: str = "samples"  # samples | norm
 
     def __post_init__(self) -> None:
         self._check_columns()
@@ -80,6 +85,9 @@ class Plan:
     def _check_columns(self) -> None:
         if not (0 <= self.rank_cap <= _MAX_RANK and len(self.budgets) <= _MAX_TIERS):
             raise FormatError("the plan asks for impossible sizes")
+        first, last, begin, end = self.schedule if len(self.schedule) == 4 else (1.0, 0.0, 0.0, 0.0)
+        if not (0 <= first <= last < 1 and 0 <= begin < end < math.inf and 0 < self.fraction <= 1):
+            raise FormatError("the plan's pruning schedule or share of entries is none")
         if list(self.budgets) != sorted(set(self.budgets)) or not all(0.0 <= b <= 1.0 for b in self.budgets):
             raise FormatError("the plan's budgets are not ascending shares")
         if len(self.columns) != (len(self.layers) if self.budgets else 0):
@@ -89,6 +97,29 @@ class Plan:
                 raise FormatError(f"the plan's columns of layer {layer.name} are not as many as its largest budget")
             if not all(0 <= c < layer.n for c in codes):
                 raise FormatError(f"the plan names a column that layer {layer.name} does not have")
+
+    def rate(self, round_: int) -> float:
+        """The share of entries pruned in a round (FedShield-LLM, arXiv 2506.05640), never above the last rate."""
+        first, last, begin, end = self.schedule
+        if self.prune == "none" or round_ < begin:
+            return 0.0
+        return first + (last - first) * min(1.0, max(0.0, (round_ - begin) / (end - begin)))
+
+    def left_out(self, round_: int) -> float:
+        """The share of entries that a mask which all clients share takes out of what is encrypted in a round.
+
+        0 means that there is no mask. The mask comes from the last aggregate, so the first round has none.
+        """
+        if round_ == 0:
+            return 0.0
+        if self.select == "entries":
+            return 1.0 - self.fraction
+        return self.rate(round_) if self.prune == "agreed" else 0.0
+
+    @property
+    def negotiates(self) -> bool:
+        """Whether the clients negotiate columns, to encrypt them or to leave them out."""
+        return self.select in ("negotiated", "dropped")
 
     def tier(self, budget: float) -> int:
         """Index of the smallest of the plan's budgets that is no less than `budget`.
@@ -105,8 +136,8 @@ class Plan:
         return found
 
     def hidden(self, tier: int) -> tuple[int, ...]:
-        """Columns per layer that a client of this tier of budgets encrypts."""
-        if not self.budgets:
+        """Columns per layer that a client of this tier of budgets hides; of tier -1, none."""
+        if not self.budgets or tier < 0:
             return (0,) * len(self.layers)
         return tuple(column_count(x.n, self.budgets[tier]) for x in self.layers)
 
@@ -121,7 +152,7 @@ class Plan:
         What it has above that stays its own: too few clients have as many for an aggregate to be released. A product
         mixes the components of all clients, so every component takes part in it.
         """
-        if self.aggregate == "product":
+        if self.aggregate != "separate":
             return rank
         return max((t for t in self.tiers if t <= rank), default=0)
 
@@ -129,10 +160,10 @@ class Plan:
         """The factors that are trained and travel in a round (from 0).
 
         alternate: B in even rounds, A in odd ones (RoLoRA, arXiv 2502.01755, algorithm 1); b_only: always B (FFA-LoRA,
-        arXiv 2403.12313, section 4); both: A and B.
+        arXiv 2403.12313, section 4); both: A and B; none: each client keeps what it learned.
         """
-        if self.share == "both":
-            return FACTORS
+        if self.share in ("both", "none"):
+            return FACTORS if self.share == "both" else ()
         return ("b",) if self.share == "b_only" or round_ % 2 == 0 else ("a",)
 
     def digest(self) -> bytes:
@@ -157,7 +188,12 @@ class Plan:
                 heads=tuple(HeadShape(str(x["name"]), tuple(map(int, x["shape"]))) for x in raw.pop("heads")),
                 scale=float(raw.pop("scale")),
                 tiers=tuple(map(int, raw.pop("tiers"))),
-                **{k: str(raw[k]) for k in ("share", "select", "fit_rank", "aggregate")},
+                **{
+                    k: str(raw[k])
+                    for k in ("share", "select", "fit_rank", "aggregate", "prune", "prune_mean", "weighting")
+                },
+                schedule=tuple(map(float, raw["schedule"])),
+                fraction=float(raw["fraction"]),
                 rank_cap=int(raw["rank_cap"]),
                 budgets=tuple(map(float, raw["budgets"])),
                 columns=tuple(tuple(map(int, codes)) for codes in raw["columns"]),

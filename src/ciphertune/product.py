@@ -8,6 +8,8 @@ that is m ciphertexts per column. Here the thin QR decomposition of the stacked,
 leaves R rows: M is computed in the clear where all clients are clear, and by plaintext products where one is not.
 Needs one multiplication by plaintexts, no rotation and no key. A column that one client hides and another does not
 reaches the encrypted sum from both: the second one's part is added to the ciphertext.
+
+`stack` (FLoRA, arXiv 2409.05976) is the same sum with the factors side by side: Q = [s_i B_i], M = [w_i A_i].
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.aggregation import opened, too_few
-from ciphertune.columns import Codes, Factors, basis_ranks, clear_codes, read_clear, slots
+from ciphertune.columns import Codes, Factors, aggregate_tier, basis_ranks, clear_codes, read_clear, slots
 from ciphertune.crypto.base import blocks_for
 from ciphertune.errors import FormatError, RoundMismatchError
 from ciphertune.ranks import Contributor
@@ -40,7 +42,7 @@ class ProductSum:
 
     session: the run.  round_: from 0.  total: samples of all clients asked, the denominator of every weight.
     truncation: after `release`, per layer, what the rank cap cost: the norm of what was cut from the clear part of M
-    over the norm of that part; None where no column is clear. What it cost in the encrypted part the server cannot know.
+    over the norm of that part; None where no column is clear. What it cost in the encrypted part nobody can know here.
     """
 
     def __init__(self, session: wire.Session, round_: int, total: int) -> None:
@@ -51,15 +53,15 @@ class ProductSum:
     @property
     def extra(self) -> dict[str, dict[str, float | None]]:
         """What to write down about the round."""
-        return {"truncation": self.truncation}
+        return {"truncation": self.truncation} if self.truncation else {}
 
     def add(self, data: bytes, *, sender: int, who: Contributor) -> wire.Message:
         """Check one update and keep it. Raises WireError, leaving the rest as it was; a sender has one update."""
         if sender in self._updates:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         plan, public = self._session.plan, self._session.public
-        wire.check_contributors((*(u.who for u in self._updates.values()), who), self._total, plan)
         message, clear = opened(data, self._session, self._round, sender, who, self._total)
+        wire.check_contributors((*(u.who for u in self._updates.values()), who), self._total, plan)
         layers = read_clear(clear, plan, (who.rank,) * len(plan.layers), who.tier)
         largest = self._session.bound * max((reach(x.left) for x in layers), default=0.0)
         if largest > public.largest:
@@ -67,7 +69,11 @@ class ProductSum:
         public.check(message.secret)
         head_bytes = blocks_for(public, head_size(plan)) * public.block_bytes
         row_bytes = blocks_for(public, sum(plan.hidden(who.tier))) * public.block_bytes
-        rows = [message.secret[head_bytes + k * row_bytes :][:row_bytes] for k in range(who.rank)]
+        rows = (
+            []
+            if plan.select == "dropped"
+            else [message.secret[head_bytes + k * row_bytes :][:row_bytes] for k in range(who.rank)]
+        )
         self._updates[sender] = _Update(who, layers, message.secret[:head_bytes], rows)
         return message
 
@@ -83,8 +89,8 @@ class ProductSum:
         updates = [self._updates[s] for s in sorted(self._updates)]
         plan, public = self._session.plan, self._session.public
         people = tuple(u.who for u in updates)
-        tier = max(c.tier for c in people)
-        where, by_tier = slots(plan, tier), {t: clear_codes(plan, t) for t in {c.tier for c in people}}
+        tier = aggregate_tier(plan, people)
+        where, by_tier = slots(plan, tier), {t: clear_codes(plan, t) for t in {tier, *(c.tier for c in people)}}
         basis = basis_ranks(plan, people)
         coefficients = np.zeros((max(basis, default=0), sum(c.rank for c in people), len(plan.layers)))
         added = np.zeros((coefficients.shape[0], where.code.size))
@@ -93,8 +99,10 @@ class ProductSum:
             here = where.layer == i
             right = [by_code(u.layers[i].right, by_tier[u.who.tier][i], layer.n) for u in updates]
             left, in_clear = [u.layers[i].left for u in updates], [a[:, by_tier[tier][i]] for a in right]
-            q, c, m, lost = shared_basis(left, in_clear, basis[i])
-            self.truncation[layer.name] = lost
+            if plan.aggregate == "stack":
+                q, c, m = np.concatenate(left, axis=1), np.eye(basis[i]), np.concatenate(in_clear)
+            else:
+                q, c, m, self.truncation[layer.name] = shared_basis(left, in_clear, basis[i])
             coefficients[: basis[i], :, i] = c
             # a client that leaves a hidden column clear has zeros in its ciphertext's place, and its part here
             added[: basis[i], here] = c @ np.concatenate([a[:, where.code[here]] for a in right])

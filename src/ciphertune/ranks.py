@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ciphertune.adapter import FloatArray, LoraFactors
+from ciphertune.adapter import Adapter, FloatArray, LoraFactors
 from ciphertune.errors import FormatError
 from ciphertune.plan import Factor, Plan
 from ciphertune.split import component_size, head_size
 
 # of the largest singular value: what travels has the precision of float32
 _NEGLIGIBLE = 1e-6
+
+
+# The largest weight where clients are weighted by the norm of their update, in units of 1e-6.
+LARGEST_NORM = 10**9
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ def to_mean(
         raise FormatError("the aggregate holds components that none of its contributors has")
     everyone = sum(c.samples for c in contributors) / total
     return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))
+
+
+def norm_weight(adapter: Adapter) -> int:
+    """The weight of a client by the norm of its update, in units of 1e-6 (HetLoRA, arXiv 2401.06432, section 3.2).
+
+    The Frobenius norm of all layers' B A together, from the small Gram matrices. At least 1, at most LARGEST_NORM.
+    """
+    square = 0.0
+    for f in adapter.layers.values():
+        a, b = f.a.astype(np.float64), f.b.astype(np.float64)
+        square += f.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return int(min(LARGEST_NORM, max(1, round(1e6 * np.sqrt(max(0.0, square))))))
 
 
 def reparameterise(q: FloatArray, m: FloatArray, base: LoraFactors) -> LoraFactors:

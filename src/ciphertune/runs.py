@@ -34,7 +34,7 @@ class ServerFolder:
 
     def plan(self, plan: Plan, members: Sequence[Member], negotiation: Mapping[str, Any] | None = None) -> None:
         """The plan, who takes part, and where columns were negotiated what each client got of what it asked for."""
-        shown = ("name", "rank", "samples", "budget") if plan.select == "negotiated" else ("name", "rank", "samples")
+        shown = ("name", "rank", "samples", "budget") if plan.negotiates else ("name", "rank", "samples")
         people = [{"number": m.number, **{k: getattr(m.hello, k) for k in shown}} for m in members]
         extra = {"negotiation": negotiation} if negotiation else {}
         write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": people, **extra, **asdict(plan)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -23,10 +24,11 @@ class MethodSettings:
     """A method is a tuple of names (`conf/method/`)."""
 
     name: str = "sealed"
-    share: str = "alternate"  # both | alternate | b_only
-    select: str = "all"  # none | all | negotiated: which part of the update is secret
-    aggregate: str = "separate"  # separate | product
-    fit_rank: str = "nested"  # nested | pad | svd
+    share: str = "alternate"  # both | alternate | b_only | none
+    select: str = "all"  # none | all | negotiated | dropped | entries: which part of the update is secret
+    aggregate: str = "separate"  # separate | product | stack
+    fit_rank: str = "nested"  # nested | pad | svd | merge
+    weighting: str = "samples"  # samples | norm: what a client's part in a mean is weighted by
     rank_cap: int = (
         0  # product: largest rank of an aggregate; 0: twice the largest of a client, or that if all is clear
     )
@@ -36,6 +38,24 @@ class MethodSettings:
     score: str = "wanda_adapter"  # negotiated: and later
     renegotiate_every: int = 0  # rounds; 0: never
     calibration_samples: int = 128  # examples that the activations are measured on
+    fraction: float = 0.1  # entries: share of the entries to encrypt
+    prune: str = "none"  # none | own | agreed: whose mask prunes the factors
+    prune_start: float = 0.2  # share of the entries that is pruned at first, and in the end
+    prune_target: float = 0.5
+    prune_from: float = 40.0  # round (from 0) of the first pruning, and of the last rate
+    prune_until: float = 200.0
+    prune_schedule: str = "scaled"  # fixed | scaled: rounds as above, or the same course over the rounds of this run
+    prune_mean: str = "all"  # own: all | kept: a pruned entry counts as zero in the mean, or does not count
+    noise: str = "none"  # none | gaussian: each client clips its update and adds noise to it
+    clip: float = 1.0  # gaussian: largest L2 norm of a client's update, heads included
+    noise_multiplier: float = 1.0  # gaussian: standard deviation of the noise per entry, in units of `clip`
+    epsilon: float = 0.0  # gaussian: above 0 the noise multiplier follows from this target over all rounds
+    delta: float = 1e-5  # gaussian: of the (epsilon, delta) guarantee
+
+    @property
+    def negotiates(self) -> bool:
+        """Whether the clients negotiate columns, to encrypt them or to leave them out."""
+        return self.select in ("negotiated", "dropped")
 
 
 @dataclass(frozen=True)
@@ -124,10 +144,19 @@ class TrainingSettings:
     batch_size: int = 8
     accumulation: int = 1  # batches per optimizer step
     learning_rate: float = 1e-3
+    learning_rate_end: float = 0.0  # cosine: of the last round
+    schedule: str = "constant"  # constant | cosine: of the learning rate over the rounds
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_batch_size: int = 32
     threads: int = 0  # CPU threads; 0: one for a small model, else torch's own choice
+
+    def rate(self, round_: int, rounds: int) -> float:
+        """The learning rate of a round: half a cosine from `learning_rate` in the first to `learning_rate_end`."""
+        if self.schedule == "constant" or rounds < 2:
+            return self.learning_rate
+        course = (1 + math.cos(math.pi * min(1.0, round_ / (rounds - 1)))) / 2
+        return self.learning_rate_end + (self.learning_rate - self.learning_rate_end) * course
 
 
 @dataclass(frozen=True)

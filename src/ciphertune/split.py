@@ -1,6 +1,6 @@
-"""Adapter <-> the flat vectors that travel: a clear part and a secret part.
+"""Adapter <-> the flat vector that travels, where factors are summed apart.
 
-Both are packed densely over all layers, components outermost, and cut into one segment per tier of ranks:
+It is packed densely over all layers, components outermost, and cut into one segment per tier of ranks:
 
     heads | component 0 of all layers | component 1 | ...  up to the first tier    segment 0
     components of all layers                               up to the second tier   segment 1
@@ -12,7 +12,6 @@ ciphertexts of its own, so that no ciphertext mixes components that different gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -26,22 +25,14 @@ Vector = npt.NDArray[np.float64]
 Counts = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a client sends, per segment: `clear` is readable by the server, `secret` is encrypted. Each (count,)."""
-
-    clear: tuple[Vector, ...]
-    secret: tuple[Vector, ...]
-
-
 def component_size(plan: Plan, factors: tuple[Factor, ...]) -> int:
     """Entries of one component over all layers: a row of A has n, a column of B has m."""
     return sum((x.n if f == "a" else x.m) for x in plan.layers for f in factors)
 
 
 def head_size(plan: Plan) -> int:
-    """Entries of all heads."""
-    return sum(h.size for h in plan.heads)
+    """Entries of all heads that travel."""
+    return 0 if plan.share == "none" else sum(h.size for h in plan.heads)
 
 
 def segments(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[int, ...]:
@@ -51,27 +42,19 @@ def segments(plan: Plan, factors: tuple[Factor, ...], rank: int) -> tuple[int, .
     return tuple((head_size(plan) if i == 0 else 0) + (b - a) * size for i, (a, b) in enumerate(pairwise([0, *tiers])))
 
 
-def counts(plan: Plan, factors: tuple[Factor, ...], rank: int) -> Counts:
-    """(clear, secret) entries of each segment of a message that holds `rank` components."""
-    sizes = segments(plan, factors, rank)
-    return (sizes, ()) if plan.select == "none" else ((), sizes)
-
-
-def split(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Parts:
-    """Pack the heads and the shared components of the given factors.
+def pack(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Vector:
+    """The heads and the shared components of the given factors, (count,).
 
     Raises PlanMismatchError when the adapter is not of the plan's shape, or of a rank below its lowest tier.
     """
     rank = plan.shared(adapter.rank)
     _check(adapter, plan, rank)
-    pieces: list[FloatArray] = [pack_heads(adapter, plan)]
+    pieces: list[FloatArray] = [pack_heads(adapter, plan)[: head_size(plan)]]
     for k in range(rank):
         for layer in plan.layers:
             found = adapter.layers[layer.name]
             pieces += [found.a[k] if f == "a" else found.b[:, k] for f in factors]
-    packed = np.concatenate(pieces).astype(np.float64)
-    parts = cut(packed, segments(plan, factors, rank))
-    return Parts(parts, ()) if plan.select == "none" else Parts((), parts)
+    return np.concatenate(pieces).astype(np.float64)
 
 
 def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
@@ -84,6 +67,8 @@ def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter)
     rank = (packed.size - head_size(plan)) // size if size else 0
     if packed.size != head_size(plan) + rank * size or rank > base.rank:
         raise PlanMismatchError(f"{packed.size} values do not fit an adapter of rank {base.rank} of this plan")
+    if plan.share == "none":
+        return base
     heads, at = join_heads(packed, plan, base), head_size(plan)
     fresh = {x.name: {"a": base.layers[x.name].a.copy(), "b": base.layers[x.name].b.copy()} for x in plan.layers}
     for k in range(rank):

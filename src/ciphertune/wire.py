@@ -3,7 +3,7 @@
     offset  size
        0      8   magic "CTUNE" 0 0 2 (wire version 2)
        8      1   kind: 1 update (client to server), 2 aggregate (server to client)
-       9      1   factors: 1 a, 2 b, 3 both
+       9      1   factors: 0 none, 1 a, 2 b, 3 both
       10     16   digest of the encryption parameters
       26     16   key fingerprint (zeros without a key)
       42     16   digest of the plan
@@ -17,6 +17,7 @@
      106   16*k   rank 4, tier of budgets 4, samples 8 of each contributor
        ?      ?   clear part: as many values as the plan says
        ?      ?   secret part: whole blocks, as many as each segment of the plan needs
+       ?      ?   mask: where the clients share one, per tier, encrypted for the clients (crypto/masks.py)
       -32     32  SHA-256 of all that precedes (against damage; authenticity is the transport's task)
 All numbers are little-endian.
 """
@@ -28,7 +29,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ciphertune import columns, split
+from ciphertune import columns, pruning
+from ciphertune.crypto import masks
 from ciphertune.crypto.base import PublicPart, blocks_for
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.errors import (
@@ -47,7 +49,7 @@ MAGIC = b"CTUNE\0\0\2"
 UPDATE, AGGREGATE = 1, 2
 _HEAD = struct.Struct("<8sBB16s16s16s16sQIIIQI")
 _CONTRIBUTOR = struct.Struct("<IIQ")
-_FACTORS: dict[tuple[Factor, ...], int] = {("a",): 1, ("b",): 2, ("a", "b"): 3}
+_FACTORS: dict[tuple[Factor, ...], int] = {(): 0, ("a",): 1, ("b",): 2, ("a", "b"): 3}
 _DIGEST = 32
 _MAX_CONTRIBUTORS = 1_000_000
 
@@ -78,6 +80,7 @@ class Message:
     contributors: tuple[Contributor, ...]
     clear: bytes
     secret: bytes
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def encode(message: Message, session: Session) -> bytes:
         len(message.contributors),
     )
     people = b"".join(_CONTRIBUTOR.pack(c.rank, c.tier, c.samples) for c in message.contributors)
-    body = b"".join((head, people, message.clear, message.secret))
+    body = b"".join((head, people, message.clear, message.secret, message.mask))
     return body + hashlib.sha256(body).digest()
 
 
@@ -157,9 +160,9 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
         if contributors[0] != wanted:
             raise RoundMismatchError(f"the message is weighted by {contributors[0]}, expected {wanted}")
     factors = session.plan.factors(expected.round)
-    clear_size, secret_size = sizes(session, expected.kind, factors, expected.rank, contributors)
-    if len(data) != at + clear_size + secret_size + _DIGEST:
-        raise FormatError(f"{len(data)} bytes where {at + clear_size + secret_size + _DIGEST} are expected")
+    parts = sizes(session, expected.kind, expected.round, expected.rank, contributors)
+    if len(data) != at + sum(parts) + _DIGEST:
+        raise FormatError(f"{len(data)} bytes where {at + sum(parts) + _DIGEST} are expected")
     view = memoryview(data)
     if hashlib.sha256(view[:-_DIGEST]).digest() != data[-_DIGEST:]:
         raise FormatError("the message is damaged: its SHA-256 does not match")
@@ -171,29 +174,34 @@ def _decode_body(data: bytes, session: Session, expected: Expected, people: int,
         rank=expected.rank,
         total=total,
         contributors=contributors,
-        clear=bytes(view[at : at + clear_size]),
-        secret=bytes(view[at + clear_size : -_DIGEST]),
+        clear=bytes(view[at : at + parts[0]]),
+        secret=bytes(view[at + parts[0] : at + parts[0] + parts[1]]),
+        mask=bytes(view[at + parts[0] + parts[1] : -_DIGEST]),
     )
 
 
-def counts(
-    plan: Plan, kind: int, factors: tuple[Factor, ...], rank: int, contributors: Sequence[Contributor]
-) -> Counts:
+def counts(plan: Plan, kind: int, round_: int, rank: int, contributors: Sequence[Contributor]) -> Counts:
     """(clear, secret) values of each segment of a message; each secret segment has blocks of its own."""
     if plan.aggregate == "separate":
-        return split.counts(plan, factors, rank)
+        return pruning.counts(plan, plan.factors(round_), round_, rank)
     if kind == UPDATE:
         return columns.update_counts(plan, contributors[0])
     return columns.aggregate_counts(plan, contributors)
 
 
 def sizes(
-    session: Session, kind: int, factors: tuple[Factor, ...], rank: int, contributors: Sequence[Contributor]
-) -> tuple[int, int]:
-    """Bytes of the clear and of the secret part of a message; rank: the components in it."""
-    clear, secret = counts(session.plan, kind, factors, rank, contributors)
+    session: Session, kind: int, round_: int, rank: int, contributors: Sequence[Contributor]
+) -> tuple[int, int, int]:
+    """Bytes of the clear part, the secret part and the mask of a message; rank: the components in it."""
+    plan = session.plan
+    clear, secret = counts(plan, kind, round_, rank, contributors)
     blocks = sum(blocks_for(session.public, entries) for entries in secret)
-    return sum(clear) * session.clear.block_bytes, blocks * session.public.block_bytes
+    mask = pruning.mask_entries(plan, plan.factors(round_), round_, rank) if plan.aggregate == "separate" else ()
+    return (
+        sum(clear) * session.clear.block_bytes,
+        blocks * session.public.block_bytes,
+        sum(masks.size(entries) for entries in mask),
+    )
 
 
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:

@@ -93,7 +93,7 @@ def keep_scores(folder: Path, run: int, found: Sequence[Scores]) -> None:
 
 def agreed_tier(plan: Plan, share: float) -> int:
     """Which of the plan's budgets this client has. Raises PlanMismatchError when it would hide less than it asked."""
-    if plan.select != "negotiated":
+    if not plan.negotiates:
         return 0
     if not plan.budgets:
         raise PlanMismatchError("the server asks for an update before the columns to encrypt were negotiated")

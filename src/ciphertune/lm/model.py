@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -79,6 +79,17 @@ class LoraModel:
         with torch.no_grad():
             for parameter, values in targets.values():
                 parameter.copy_(torch.from_numpy(np.array(values, dtype=np.float32)))
+
+    def add_to_base(self, changes: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]) -> None:
+        """Add (m, n) changes to the frozen weights of adapted layers. Raises ModelError for a layer there is not."""
+        layers = dict(self._layers())
+        with torch.no_grad():
+            for name, change in changes.items():
+                if name not in layers:
+                    raise ModelError(f"the merged update has layer {name}, this model has not")
+                base = layers[name].get_base_layer()
+                values = torch.from_numpy(change.T if isinstance(base, Conv1D) else change)
+                base.weight.add_(values.to(base.weight))
 
     def freeze(self, factor: str) -> None:
         """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train."""
