@@ -4,7 +4,7 @@
     python benchmarks/fedshield.py --hidden 4096 --layers 32    of Llama-2-7B
 
 Three clients of rank 32. Against plaintext float32 of both factors, and against what the published code does:
-CKKSVector with N=8192 and [60, 40, 40, 60], zeros encrypted as well (its own figure: 20.2 times plaintext at every rate;
+CKKSVector with N=8192 and [60, 40, 40, 60], zeros encrypted as well (its own figure: 20.2 times plaintext at any rate;
 measured here on a sample of ciphertexts, TenSEAL's own bytes). Bytes are exact; read seconds as ratios. Results go to
 benchmarks/results/fedshield.json, with the rate from which on the claim of the paper, 40 % less communication and
 computation than the baseline, holds for each form.
