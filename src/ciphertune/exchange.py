@@ -8,7 +8,7 @@ import numpy as np
 
 from ciphertune import wire
 from ciphertune.adapter import Adapter
-from ciphertune.columns import Codes, basis_ranks, in_column_order, join_columns, read_clear, split_columns
+from ciphertune.columns import Codes, basis_ranks, check_shape, in_column_order, join_columns, read_clear, split_columns
 from ciphertune.crypto.base import blocks_for, check_range
 from ciphertune.crypto.clear import parse
 from ciphertune.crypto.indices import permutation
@@ -109,6 +109,7 @@ def _from_product(
 ) -> Adapter:
     """The best adapter of the base's rank for the summed products, divided by the weight that contributed."""
     plan, share = session.plan, sum(c.samples for c in message.contributors) / message.total
+    check_shape(base, plan)
     tier, basis = max(c.tier for c in message.contributors), basis_ranks(plan, message.contributors)
     factors = read_clear(clear, plan, basis, tier)
     rows = np.stack(segments[1:]) if len(segments) > 1 else np.zeros((0, 0))
@@ -122,8 +123,9 @@ def _from_product(
 
 
 def _check_reach(adapter: Adapter, session: wire.Session) -> None:
-    """Refuse factors whose product could wrap around the modulus. Raises RangeError."""
+    """Refuse scaled factors above the bound, or whose product could wrap around the modulus. Raises RangeError."""
     for name, factors in adapter.layers.items():
+        check_range(factors.b * factors.scale, session.bound)
         largest = session.bound * reach(factors.b * factors.scale)
         if largest > session.public.largest:
             raise RangeError(

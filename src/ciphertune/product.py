@@ -40,7 +40,7 @@ class ProductSum:
 
     session: the run.  round_: from 0.  total: samples of all clients asked, the denominator of every weight.
     truncation: after `release`, per layer, what the rank cap cost: the norm of what was cut from the clear part of M
-    over the norm of that part; None where no column is clear. What it cost in the encrypted part the server cannot know.
+    over the norm of that part; None where that is zero. What it cost in the encrypted part the server cannot know.
     """
 
     def __init__(self, session: wire.Session, round_: int, total: int) -> None:
