@@ -398,3 +398,19 @@ def test_a_client_whose_budget_the_plan_lacks_refuses_to_hide_less() -> None:
         wishes.agreed_tier(run.plan, 0.25)
     with pytest.raises(PlanMismatchError, match="before the columns to encrypt were negotiated"):
         wishes.agreed_tier(replace(run.plan, budgets=(), columns=()), 0.0)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["nothing cut", "cut"])
+def test_no_row_of_an_aggregate_is_one_clients_factor_alone(cut: bool) -> None:
+    """Of a bare QR decomposition the last rows of M are the last client's A, which all clients could read."""
+    rng = np.random.default_rng(5)
+    ranks = (8, 8, 16)
+    left = [rng.normal(size=(96, r)) for r in ranks]
+    right = [rng.normal(size=(r, 64)) for r in ranks]
+    q, c, m, _ = shared_basis(left, right, 24 if cut else 32)
+    for a, columns in zip(right, np.split(c, np.cumsum(ranks)[:-1], axis=1), strict=True):
+        basis = np.linalg.qr(a.T)[0]
+        outside = np.linalg.norm(m - m @ basis @ basis.T, axis=1) / np.linalg.norm(m, axis=1)
+        assert outside.min() > 0.05  # no row lies in the row space of one client's A
+        assert np.linalg.norm(columns, axis=1).min() > 1e-3  # and every row has something of every client
+    assert np.abs(q.T @ q - np.eye(q.shape[1])).max() < 1e-12

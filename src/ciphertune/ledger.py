@@ -92,7 +92,9 @@ class Ledger:
         """A round is over. before: the mean of what the clients measured before they trained in it."""
         self._before[round_] = before
         self._round_seconds.append(seconds)
-        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_])
+        self._folder.line(
+            round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_], **_before(before)
+        )
 
     def round_line(self, round_: int) -> str:
         """One line of progress."""
@@ -151,6 +153,10 @@ class Ledger:
             "bytes_down": _mean(down),
             "encrypted_fraction": self.encrypted_fraction,
         }
+
+
+def _before(score: Score | None) -> dict[str, Any]:
+    return score.as_dict() if score else {}
 
 
 def _score(score: Score | None) -> dict[str, Any] | None:

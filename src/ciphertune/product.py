@@ -128,17 +128,19 @@ def shared_basis(
 ) -> tuple[Vector, Vector, Vector, float | None]:
     """Q (m, rank), C (rank, sum r_i), M (rank, n) and M's relative error, for ``sum_i left_i right_i = Q M``.
 
-    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. When `rank` is less than all that Q needs, the
-    directions that matter most to the clear part stay, and after them those of the largest left factors.
+    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. The basis is turned to the directions that matter
+    most to the clear part, and after them to those of the largest left factors; when `rank` is less than all that Q
+    needs, the last ones are cut. Turned in any case: of a bare QR decomposition C is triangular, and the last rows of M
+    would be the last client's A alone, for every client to read.
     """
     q, c = np.linalg.qr(np.concatenate(left, axis=1))
     m = c @ np.concatenate(right)
-    if q.shape[1] <= rank:
-        return q, c, m, 0.0
     norm = float(np.linalg.norm(m))
     tiny = 1e-6 * (norm or 1.0) / (float(np.linalg.norm(c)) or 1.0)
-    u = np.linalg.svd(np.concatenate([m, tiny * c], axis=1), full_matrices=False)[0][:, :rank]
+    u = np.linalg.eigh(m @ m.T + tiny**2 * (c @ c.T))[1][:, ::-1][:, :rank]  # left singular vectors of both together
     cut = u.T @ m
+    if q.shape[1] <= rank:
+        return q @ u, u.T @ c, cut, 0.0
     lost = float(np.linalg.norm(m - u @ cut)) / norm if norm else None
     return q @ u, u.T @ c, cut, lost
 
