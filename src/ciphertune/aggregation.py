@@ -34,7 +34,8 @@ class SeparateSum:
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         wire.check_contributors((*self._contributors.values(), who), self._total, self._session.plan)
-        message, _ = opened(data, self._session, self._round, sender, who, self._total)  # before either part is added
+        message, clear = opened(data, self._session, self._round, sender, who, self._total)
+        check_weighted(clear, self._session.bound, message)  # both parts are good before either is added
         self._secret.add(message.secret)
         self._clear.add(message.clear)
         self._contributors[sender] = who
@@ -82,6 +83,13 @@ def opened(
     if clear.size and float(np.abs(clear).max()) > session.bound:
         raise FormatError(f"the clear part holds values above crypto.bound={session.bound:g}")
     return message, clear
+
+
+def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.Message) -> None:
+    """Raise FormatError unless values that a client weighted are within the bound times its weight."""
+    most = bound * message.contributors[0].samples / message.total
+    if values.size and float(np.abs(values).max()) > most * (1 + 1e-6):  # rounding to float32
+        raise FormatError(f"the clear part holds values above crypto.bound={bound:g} times the client's weight")
 
 
 def too_few(round_: int, found: int, minimum: int) -> FederationError:

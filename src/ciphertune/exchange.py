@@ -20,6 +20,8 @@ from ciphertune.split import Vector, join, join_heads, split
 
 # of an entry of a mean; entries of trained factors are of the order of 0.01 to 1
 _LARGEST_ERROR = 1e-3
+# of an entry of M where nothing is encrypted: far above anything that training makes, far below overflow
+_LARGEST_PRODUCT = 1e9
 
 
 def seal(
@@ -88,6 +90,10 @@ def unseal(
     return adapter, message
 
 
+def _within(values: Vector, largest: float) -> bool:
+    return values.size == 0 or bool(np.abs(values).max() <= largest)  # false for NaN
+
+
 def _absurd(round_: int, bound: float) -> RangeError:
     """An undetected wrong key, a wrapped sum or a forged total shows as absurd numbers, never as an exception."""
     return RangeError(f"the mean of round {round_} holds values above crypto.bound={bound:g}")
@@ -113,11 +119,12 @@ def _from_product(
     tier, basis = max(c.tier for c in message.contributors), basis_ranks(plan, message.contributors)
     factors = read_clear(clear, plan, basis, tier)
     rows = np.stack(segments[1:]) if len(segments) > 1 else np.zeros((0, 0))
-    if not np.isfinite(rows).all():
-        raise _absurd(message.round, session.bound)
     layers = {}
     products = join_columns(factors, rows, plan, tier)
     for layer, found, m, codes in zip(plan.layers, factors, products, codes_by_layer, strict=True):
+        # LAPACK may never return from infinite values; Q is orthonormal
+        if not (_within(m / share, min(session.public.largest, _LARGEST_PRODUCT)) and _within(found.left, 1.01)):
+            raise _absurd(message.round, session.bound)
         layers[layer.name] = reparameterise(found.left, in_column_order(m, codes) / share, base.layers[layer.name])
     return Adapter(layers, join_heads(segments[0] / share, plan, base))
 
