@@ -28,6 +28,7 @@ Matrix = npt.NDArray[np.float64]
 
 SEALED = CkksParams(4096, (54, 20), 40, 64.0)  # conf/crypto/ckks.yaml
 FULL_HE = CkksParams(8192, (60, 40, 60), 40, 64.0)  # conf/crypto/ckks_8192.yaml
+PRODUCT = CkksParams(4096, (44, 42, 20), 36, 16.0, 34)  # conf/crypto/ckks_product.yaml
 
 # ---------------------------------------------------------------------------------------------------- the methods
 
@@ -204,9 +205,10 @@ OFFSETS = {
     "total": (94, "Q"),
     "contributors": (102, "I"),
     "contributor rank": (106, "I"),
-    "contributor samples": (110, "Q"),
+    "contributor tier": (110, "I"),
+    "contributor samples": (114, "Q"),
 }
-BODY = 118  # where an update's values begin: it has one contributor
+BODY = 122  # where an update's values begin: it has one contributor
 
 
 def read(data: bytes, name: str) -> int | bytes:
@@ -251,6 +253,12 @@ def plan_of(
 ) -> Plan:
     """A plan of two layers of different shapes and a task head, in which every rank is a tier."""
     return Plan(layers, heads, 2.0, tiers, share, select, fit_rank)
+
+
+def negotiated_plan() -> Plan:
+    """A plan of a product: of tier 0 a client encrypts columns 3 | 8, 0 of the two layers, of tier 1 also 1 | 4, 2."""
+    budgets, columns = (0.2, 0.4), ((3, 1), (8, 0, 4, 2))
+    return Plan(SMALL_LAYERS, SMALL_HEADS, 2.0, (2, 8), "both", "negotiated", "svd", "product", 16, budgets, columns)
 
 
 def adapter_of(plan: Plan, rank: int, seed: int, dtype: type = np.float64) -> Adapter:

@@ -15,7 +15,7 @@ from ciphertune.errors import FederationError, FormatError
 from ciphertune.plan import LayerShape, Plan
 from ciphertune.ranks import Contributor
 from ciphertune.wire import Session
-from tests.oracle import SEALED, adapter_of, blank, encrypted, in_the_clear, modular_sum, plan_of
+from tests.oracle import BODY, SEALED, adapter_of, blank, encrypted, in_the_clear, modular_sum, plan_of
 
 RANKS, SAMPLES, TOTAL = (2, 8, 4), (10, 50, 30), 100
 BACKENDS = pytest.mark.parametrize("backend", ["clear", "encrypted"])
@@ -126,7 +126,7 @@ def test_cut_is_the_sum_of_everybodys_first_components(backend: str, layers: tup
     data = updates(session, secret)
     released = sum_of(session, data).release(1)
     heads, component = 21, sum(x.m for x in layers)
-    bodies = [data[i][118:-32] for i in range(3)]
+    bodies = [data[i][BODY:-32] for i in range(3)]
     for rank in (1, 2, 3, 4, 7, 8):
         part = cut(released, session, rank)
         assert (part.rank, part.contributors, part.total) == (rank, released.contributors, TOTAL)

@@ -17,6 +17,7 @@ from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
 from ciphertune.exchange import seal, unseal
 from ciphertune.federation import Federation, Hello, parse_hello
+from ciphertune.negotiation import parse_wish
 from ciphertune.plan import LayerShape, Plan
 from ciphertune.ranks import Contributor
 from ciphertune.settings import CryptoSettings, FederationSettings, Settings
@@ -35,6 +36,7 @@ def hello(name: str, rank: int = 2, **changes: Any) -> Hello:
         client=None,
         name=name,
         rank=rank,
+        budget=0.5,
         samples=10,
         heldout=5,
         simulated=False,
@@ -94,6 +96,13 @@ def test_a_late_client_that_does_not_fit_is_refused(changes: dict[str, Any], err
         {"name": None},
         {"rank": 0},
         {"rank": 10**9},
+        {"budget": float("nan")},
+        {"budget": -0.01},
+        {"budget": 1.01},
+        {"budget": 10**400},
+        {"budget": True},
+        {"budget": "0.5"},
+        {"budget": None},
         {"samples": 0},
         {"samples": "many"},
         {"samples": float("inf")},
@@ -112,6 +121,7 @@ def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
     good = {
         "name": "a",
         "rank": 2,
+        "budget": 0.25,
         "samples": 3,
         "heldout": 3,
         "simulated": False,
@@ -123,9 +133,13 @@ def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
         "layers": [["x", 3, 4]],
         "heads": [["h", [2, 3]]],
     }
-    assert parse_hello(good, 1, None).layers == (LayerShape("x", 3, 4),)
+    found = parse_hello(good, 1, None)
+    assert (found.layers, found.budget) == ((LayerShape("x", 3, 4),), 0.25)
     with pytest.raises(FormatError):
         parse_hello(good | changes, 1, None)
+    for key in changes:
+        with pytest.raises(FormatError):
+            parse_hello({k: v for k, v in good.items() if k != key}, 1, None)
 
 
 def test_sampling_asks_the_share_but_never_fewer_than_could_be_released() -> None:
@@ -151,10 +165,11 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
     states = {m.name: _adapter(m.hello.rank, 0.0) for m in federation.members}
 
     def bring_up(member: Any) -> None:
-        for message in federation.catch_up(member):
-            data = encode(message, session)
+        for message, link in federation.catch_up(member):
+            assert link == session  # the plan of a sum of factors never changes
+            data = encode(message, link)
             states[member.name], _ = unseal(
-                data, session, secret, round_=message.round, rank=message.rank, base=states[member.name]
+                data, link, secret, round_=message.round, rank=message.rank, base=states[member.name]
             )
             member.have = message.round
 
@@ -171,17 +186,51 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
             sum_.add(sent, sender=member.number, who=federation.contributor(member))
         federation.close_round(sum_)
     # it holds round 0; round 1 has the newest of A above the second component, 3 and 4 the newest below
-    assert [m.round for m in federation.catch_up(high)] == [1, 3, 4]
+    assert [m.round for m, _ in federation.catch_up(high)] == [1, 3, 4]
     bring_up(stayed)
     high.have = -1
     states["high"] = _adapter(8, 0.0)
-    assert [m.round for m in federation.catch_up(high)] == [0, 1, 3, 4]
+    assert [m.round for m, _ in federation.catch_up(high)] == [0, 1, 3, 4]
     bring_up(high)
     for name in ("one", "two"):
         for got, want in ((states["high"].layers[name], states["stayed"].layers[name]),):
             assert np.array_equal(got.a, want.a) and np.array_equal(got.b, want.b)
     assert states["high"].layers["one"].b[0].tolist() == [5.0, 5.0] + [1.0] * 6
     assert states["high"].layers["one"].a[:, 0].tolist() == [4.0, 4.0] + [2.0] * 6
+
+
+def test_of_products_only_the_last_is_sent_and_under_the_plan_it_was_made_under() -> None:
+    """It replaces everything; columns may have been negotiated anew since."""
+    names = {"share": "both", "select": "negotiated", "aggregate": "product", "fit_rank": "svd"}
+    settings = replace(SETTINGS, method=replace(SETTINGS.method, **names))
+    federation = Federation(settings, 3)
+    federation.settle([hello(n, r, settings=settings.digest().hex()) for n, r in (("a", 2), ("b", 8))])
+    secret, (a, b) = ClearSecret(ClearPublic("float64"), 1e9), federation.members
+    assert federation.session is not None and federation.session.plan.tiers == (2, 8)
+    assert not federation.covered(a)  # nothing was negotiated so far
+    plans = []
+    for round_, columns in enumerate(([[0, 1], [2, 3]], [[2, 0], [1, 0]], [[1, 2], [0, 3]])):
+        federation.negotiate([parse_wish(m.name, 0.5, columns, [3, 4]) for m in (a, b)])
+        plans.append(federation.session.plan)
+        sum_ = federation.open_round(round_, [a, b])
+        for member in (a, b):
+            assert federation.contributor(member) == Contributor(member.hello.rank, 10, 0)
+            update, sender = _adapter(member.hello.rank, round_ + 1.0), member.number
+            sent = seal(update, federation.session, secret, round_=round_, sender=sender, samples=10, total=20)
+            sum_.add(sent, sender=sender, who=federation.contributor(member))
+        federation.close_round(sum_)
+    assert len({p.digest() for p in plans}) == 3
+    federation.negotiate([parse_wish(m.name, 0.5, [[0, 1], [0, 1]], [3, 4]) for m in (a, b)])
+    for have, member in ((-1, a), (0, a), (1, b)):
+        member.have = have
+        ((message, link),) = federation.catch_up(member)
+        assert (message.round, link.plan) == (2, plans[2]) and link.plan != federation.session.plan
+        base = _adapter(member.hello.rank, 0.0)
+        got, _ = unseal(encode(message, link), link, secret, round_=2, rank=message.rank, base=base)
+        for x in LAYERS:  # all clients sent 3 everywhere, at ranks 2 and 8: on average 3 * 3 * 5 components
+            assert got.layers[x.name].delta() == pytest.approx(np.full((x.m, x.n), 2.0 * 9 * 5), rel=1e-12)
+    a.have = 2
+    assert federation.catch_up(a) == []
 
 
 def test_tiers_are_the_ranks_that_enough_clients_reach() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import struct
 import subprocess
@@ -20,12 +19,13 @@ from ciphertune.adapter import Adapter
 from ciphertune.aggregation import SeparateSum
 from ciphertune.crypto.ckks import CkksPublic
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import CiphertuneError, RangeError, WireError
+from ciphertune.errors import CiphertuneError, FormatError, RangeError, RoundMismatchError, WireError
+from ciphertune.product import ProductSum
 from ciphertune.ranks import Contributor
 from ciphertune.wire import Session
+from tests.messages import BACKENDS, mutated
 from tests.oracle import (
     BODY,
-    OFFSETS,
     adapter_of,
     blank,
     encrypted,
@@ -34,14 +34,13 @@ from tests.oracle import (
     mean_factor,
     mean_head,
     modular_sum,
+    negotiated_plan,
     plan_of,
     rehashed,
 )
 
 MUTATIONS = 2000
 TOTAL = 10_000
-BLOCK = 2 * 4096 * 7
-BACKENDS = pytest.mark.parametrize("backend", ["clear", "encrypted"])
 
 
 def parties(backend: str) -> tuple[Session, SecretPart]:
@@ -108,43 +107,6 @@ class Server:
             assert np.abs(head - mean_head(self.clients[:2], self.samples, name)).max() <= tolerance
 
 
-def mutated(good: bytes, rng: random.Random) -> bytes:
-    """One of the ways to damage a message, from a flipped bit to a well-framed lie."""
-    data = bytearray(good)
-    kind = rng.randrange(10)
-    if kind == 0:  # bits, anywhere
-        for _ in range(rng.choice([1, 1, 1, 4, 50])):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        return bytes(data)
-    if kind == 1:
-        return bytes(data[: rng.randrange(len(data))])
-    if kind == 2:
-        return bytes(data) + rng.randbytes(rng.choice([1, 12, 1000, BLOCK]))
-    if kind == 3:
-        return rng.randbytes(rng.choice([0, 1, 12, 150, 5000, len(data)]))
-    if kind == 4:  # a header field of random content
-        offset, form = rng.choice(list(OFFSETS.values()))
-        data[offset : offset + struct.calcsize("<" + form)] = rng.randbytes(struct.calcsize("<" + form))
-    elif kind == 5:  # bits of the header
-        data[rng.randrange(BODY)] ^= 1 << rng.randrange(8)
-    elif kind == 6:  # bits of the values: a well-formed update of other values
-        for _ in range(rng.choice([1, 20])):
-            data[rng.randrange(BODY, len(data) - 32)] ^= 1 << rng.randrange(8)
-    elif kind == 7:  # a stretch of one byte
-        start = rng.randrange(BODY, len(data) - 32)
-        stop = min(len(data) - 32, start + rng.choice([8, 500, len(data)]))
-        data[start:stop] = bytes([rng.choice([0, 255, 127])]) * (stop - start)
-    elif kind == 8:  # a stretch cut out or put in
-        start = rng.randrange(len(data) - 32)
-        data[start : start + rng.choice([1, 8, BLOCK])] = rng.randbytes(rng.choice([0, 1, 8]))
-        data += bytes(32)
-    else:  # a forged number in the clear
-        start = BODY + 8 * rng.randrange((len(data) - 32 - BODY) // 8)
-        number = rng.choice([math.nan, math.inf, -math.inf, 1e308, -1e308, 5e-324])
-        data[start : start + 8] = struct.pack("<d", number)
-    return rehashed(bytes(data[:-32]))
-
-
 # ------------------------------------------------------------------------------------------------------- the server
 
 
@@ -201,6 +163,44 @@ def test_no_bytes_whatever_escape_as_another_exception(data: st.DataObject) -> N
     else:
         assert len(message) == len(good)  # a well-formed update of other values
     server.assert_good_sum_is_right()
+
+
+@given(tier=st.integers(0, 3) | st.integers(0, 2**32 - 1), agreed=st.integers(0, 1))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_an_update_that_hides_other_columns_than_agreed_is_refused_whatever_tier_it_names(
+    tier: int, agreed: int
+) -> None:
+    session, secret = in_the_clear(negotiated_plan())
+    adapter, sum_ = adapter_of(session.plan, 8, 0), ProductSum(session, 0, TOTAL)
+    good = exchange.seal(adapter, session, secret, round_=0, sender=1, samples=1, total=TOTAL, tier=agreed)
+    if tier != agreed:
+        with pytest.raises(WireError) as caught:
+            sum_.add(forge(good, contributor_tier=tier), sender=1, who=Contributor(8, 1, agreed))
+        assert type(caught.value) is (RoundMismatchError if tier < 2 else FormatError)
+        assert sum_.contributors == 0
+    assert sum_.add(good, sender=1, who=Contributor(8, 1, agreed)).contributors == (Contributor(8, 1, agreed),)
+
+
+@given(tiers=st.lists(st.integers(0, 3) | st.integers(0, 2**32 - 1), min_size=2, max_size=2))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_an_aggregate_whose_contributors_have_no_such_tiers_is_refused_by_the_client(tiers: list[int]) -> None:
+    session, secret = in_the_clear(negotiated_plan())
+    base, sum_ = adapter_of(session.plan, 8, 0), ProductSum(session, 0, TOTAL)
+    for sender in (1, 2):
+        client = adapter_of(session.plan, 8, sender)
+        data = exchange.seal(
+            client, session, secret, round_=0, sender=sender, samples=TOTAL // 2, total=TOTAL, tier=sender - 1
+        )
+        sum_.add(data, sender=sender, who=Contributor(8, TOTAL // 2, sender - 1))
+    data = bytearray(wire.encode(sum_.release(2), session))
+    for i, tier in enumerate(tiers):
+        struct.pack_into("<I", data, 110 + 16 * i, tier)
+    forged = rehashed(bytes(data[:-32]))
+    if max(tiers) == 1:  # as many columns are encrypted as before
+        exchange.unseal(forged, session, secret, round_=0, rank=8, base=base)
+    else:
+        with pytest.raises(FormatError, match="impossible rank or budget" if max(tiers) > 1 else "bytes where"):
+            exchange.unseal(forged, session, secret, round_=0, rank=8, base=base)
 
 
 # ------------------------------------------------------------------------------------------------------- the client
@@ -306,7 +306,7 @@ def held(blob):
     with open(scratch.path, "wb") as file:
         file.write(blob)
     return scratch.path
-body = hostile[118:-32]
+body = hostile[122:-32]
 vector = secret.public.vectors(body)[0]
 ciphertext = vector.ciphertext()[0]
 raw = scratch.saved(ciphertext.save)
@@ -364,7 +364,7 @@ forgeries = {
     "a pickle": b"\x80\x04\x95" + bytes(100),
     "a message within the message": hostile,
 }
-front = hostile[:118]
+front = hostile[:122]
 def framed(content):
     return front + content + hashlib.sha256(front + content).digest()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 import stat
 import subprocess
@@ -167,6 +168,54 @@ def test_error_texts_show_nothing_of_the_key(path: Path) -> None:
         CkksSecret(CkksParams(4096, (54, 20), 39, 64.0), key)
     assert key.reveal()[:8].hex() not in str(caught.value)
     assert key.fingerprint.hex() in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------- secrets for another purpose
+
+
+def hkdf(material: bytes, info: bytes) -> bytes:
+    """RFC 5869 with SHA-256, no salt (section 2.2: as many zeros as a hash has bytes) and one block of output."""
+    extracted = hmac.new(bytes(32), material, hashlib.sha256).digest()
+    return hmac.new(extracted, info + b"\1", hashlib.sha256).digest()
+
+
+def test_the_hkdf_of_this_test_is_rfc_5869s() -> None:
+    """Appendix A.3: no salt, no info, the first 32 bytes."""
+    assert hkdf(b"\x0b" * 22, b"").hex() == "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d"
+
+
+@given(material=st.binary(min_size=1, max_size=200), purpose=st.binary(max_size=50))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_a_derived_secret_is_hkdf_of_the_material_for_the_parameters_and_the_purpose(
+    material: bytes, purpose: bytes
+) -> None:
+    derived = SecretKey(material, b"d" * 16).derive(purpose)
+    assert derived == hkdf(material, b"ciphertune derived 1" + b"d" * 16 + purpose)
+
+
+def test_derived_secrets_differ_by_purpose_by_key_and_by_parameters() -> None:
+    key = generate_key(SEALED)
+    purposes = [b"", b"column codes of run 1", b"column codes of run 2", b"column codes of run 11"]
+    found = [key.derive(p) for p in purposes]
+    found += [generate_key(SEALED).derive(purposes[1]), SecretKey(key.reveal(), b"d" * 16).derive(purposes[1])]
+    assert len(set(found)) == len(found)
+    assert {len(x) for x in found} == {32}
+    assert key.derive(purposes[1]) == found[1]
+    assert key.fingerprint not in found[1]  # which is in the clear on every message
+
+
+def test_a_derived_secret_is_the_same_for_all_holders_of_a_key_file_and_shows_nothing_of_it(path: Path) -> None:
+    key = generate_key(SEALED)
+    keys.save(key, path)
+    before = repr(key)
+    mine, theirs = CkksSecret(SEALED, key), CkksSecret(SEALED, keys.load(path))
+    derived = mine.derive(b"column codes of run 7")
+    assert theirs.derive(b"column codes of run 7") == derived == key.derive(b"column codes of run 7")
+    material = key.reveal()
+    assert len(derived) == 32 < len(material)
+    assert not any(derived[i : i + 8] in material for i in range(25))
+    assert repr(key) == before == f"SecretKey(fingerprint={key.fingerprint.hex()})"
+    assert derived.hex() not in repr(mine) and not hasattr(key, "__dict__")
 
 
 # -------------------------------------------------------------------------------------------- made by whoever is first

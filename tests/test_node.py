@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CONF
 
 from ciphertune.errors import SettingsError
 from ciphertune.node import node_settings, run_folder
-from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings
+from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings, compose
 
 SETTINGS = Settings(
     federation=FederationSettings(clients=(ClientSettings(rank=2), ClientSettings(rank=4, budget=0.5))),
@@ -39,6 +41,15 @@ def test_a_real_nodes_own_settings_win() -> None:
     assert (found.key_file, found.simulated) == (Path("/k"), False)
 
 
+def test_a_node_that_says_how_long_encryption_may_take_gets_its_budget_from_a_measured_profile() -> None:
+    real = {"name": "lab-a", "key-file": "/k", "partition-id": 1}
+    found = node({**real, "seconds-per-round": 5, "upstream": 1e6})
+    assert math.isnan(found.budget) and (found.seconds_per_round, found.upstream) == (5.0, 1e6)
+    assert node({**real, "seconds-per-round": 5}).upstream == 0.0  # not given
+    assert node({**real, "seconds-per-round": 5, "budget": 0.25}).budget == 0.25  # what is stated wins
+    assert node(real).budget == 0.5  # neither: the federation's
+
+
 def test_a_real_node_cannot_be_told_by_the_server_to_play_another_client() -> None:
     assert node({"name": "lab-a", "key-file": "/k", "partition-id": 0}, client=1).index == 0
 
@@ -54,6 +65,18 @@ def test_a_real_node_cannot_be_told_by_the_server_to_play_another_client() -> No
         ({"name": "a", "key-file": "/k", "rank": 2.5}, "rank=2.5"),
         ({"name": "a", "key-file": "/k", "rank": "8"}, "rank='8'"),
         ({"name": "a", "key-file": "/k", "budget": 1.01}, "budget=1.01"),
+        ({"name": "a", "key-file": "/k", "budget": -0.1}, "budget=-0.1"),
+        ({"name": "a", "key-file": "/k", "budget": math.nan}, "budget=nan is out of range: want 0 to 1"),
+        ({"name": "a", "key-file": "/k", "budget": math.nan, "seconds-per-round": 5}, "budget=nan"),
+        ({"name": "a", "key-file": "/k", "budget": "0.5"}, "budget='0.5'"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": 0}, "seconds-per-round=0"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": -3.5}, "seconds-per-round=-3.5"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": math.nan}, "seconds-per-round=nan"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": math.inf}, "seconds-per-round=inf"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": "5"}, "seconds-per-round='5'"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": 5, "upstream": -1}, "upstream=-1"),
+        ({"name": "a", "key-file": "/k", "budget": 0.5, "upstream": -1}, "upstream=-1"),
+        ({"name": "a", "key-file": "/k", "seconds-per-round": 5, "upstream": math.nan}, "upstream=nan"),
     ],
 )
 def test_a_bad_node_setting_is_named(config: dict[str, Any], part: str) -> None:
@@ -83,6 +106,28 @@ def test_a_real_node_refuses_to_send_in_the_clear_unless_it_was_started_to(metho
     assert not node_settings(clear, {**config, "allow-clear": True}, 7, node_id=99).simulated
 
 
+def test_a_real_node_refuses_to_send_b_and_most_of_a_in_the_clear_unless_it_was_started_to() -> None:
+    """SHE-LoRA encrypts a few columns: what `sealed` protects lies open, so it needs the same word."""
+    settings = compose(CONF, ["method=she_lora"])
+    config = {"name": "lab-a", "key-file": "/k"}
+    for refused in (config, {**config, "allow-clear": False}, {**config, "allow-clear": "true"}):
+        with pytest.raises(SettingsError, match="would send B and most columns of A in the clear: it refuses unless"):
+            node_settings(settings, refused, 7, node_id=99)
+    assert node_settings(settings, {**config, "allow-clear": True}, 7, node_id=99).name == "lab-a"
+    with pytest.raises(SettingsError, match="no key file"):  # what is encrypted needs a key all the same
+        node_settings(settings, {"name": "lab-a", "allow-clear": True}, 7, node_id=99)
+    clear = compose(CONF, ["method=she_lora", "crypto=clear"])
+    with pytest.raises(SettingsError, match="would send this node's update in the clear"):
+        node_settings(clear, config, 7, node_id=99)
+    assert node_settings(settings, {"partition-id": 0, "num-partitions": 4}, 7, node_id=99).simulated
+
+
 def test_a_simulation_of_more_nodes_than_the_federation_lists_has_as_many_clients() -> None:
     found = node({"partition-id": 5, "num-partitions": 6})
     assert (found.clients, found.index, found.rank, found.name) == (6, 5, 4, "client-5")
+
+
+@pytest.mark.parametrize("config", [{"rank": math.inf}, {"rank": math.nan}, {"budget": 10**400}, {"rank": True}])
+def test_numbers_that_are_none_are_of_the_wrong_type(config: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="is of the wrong type"):
+        node({"name": "a", "key-file": "/k", **config})

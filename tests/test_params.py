@@ -79,7 +79,13 @@ def test_scale_too_small_to_carry_anything_is_refused() -> None:
 
 
 def test_digest_changes_with_every_field_and_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = {"poly_modulus_degree": 8192, "coeff_mod_bits": (54, 21), "scale_bits": 39, "bound": 63.0}
+    changed = {
+        "poly_modulus_degree": 8192,
+        "coeff_mod_bits": (54, 21),
+        "scale_bits": 39,
+        "bound": 63.0,
+        "coefficient_bits": 4,
+    }
     assert set(changed) == {f.name for f in fields(CkksParams)}
     digests = {replace(SEALED, **{name: value}).digest() for name, value in changed.items()}
     assert SEALED.digest() == replace(SEALED).digest()

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import CONF
 
+from ciphertune.checks import check
 from ciphertune.errors import SettingsError
 from ciphertune.run_config import settings_of
-from ciphertune.checks import check
 from ciphertune.settings import Settings, compose
 
 CHOICES = [
@@ -64,7 +64,14 @@ def test_the_default_is_four_clients_of_unequal_rank_with_everything_encrypted()
         ("model.targets=q_proj", ("model.targets='q_proj'", "want a list")),
         ("federation.clients=[{rank:4},{rank:0}]", ("federation.clients[1].rank=0",)),
         ("federation.clients=[{rank:4,budget:1.5}]", ("federation.clients[0].budget=1.5", "0 to 1")),
+        ("federation.clients=[{rank:4,budget:nan}]", ("federation.clients[0].budget=nan", "0 to 1")),
         ("federation.clients=[]", ("federation.clients is empty",)),
+        ("method.aggregate=mean", ("method.aggregate='mean'", "separate, product")),
+        ("method.first_score=wanda", ("method.first_score='wanda'", "wanda_weight")),
+        ("method.renegotiate_every=-1", ("method.renegotiate_every=-1", "0 to 100000")),
+        ("method.rank_cap=4097", ("method.rank_cap=4097", "0 to 4096")),
+        ("crypto.coefficient_bits=61", ("crypto.coefficient_bits=61", "0 to 60")),
+        ("model.scaling=each", ("model.scaling='each'", "common, own")),
         ("federation.min_contributors=9", ("min_contributors=9 exceeds federation.min_clients=4",)),
         ("crypto.coeff_mod_bits=[54,55]", ("add up to 109", "106", "128-bit")),
         ("crypto.scale_bits=52", ("could wrap around",)),
@@ -83,14 +90,70 @@ def test_an_unclosed_quote_in_the_one_string_is_named() -> None:
         compose(CONF, "data.path='x")
 
 
-def test_a_clear_method_refuses_an_encrypting_backend() -> None:
-    assert "sends everything in the clear" in line("method=fedavg", "crypto=ckks")
+@pytest.mark.parametrize("words", [("method=fedavg", "crypto=ckks"), ("method=flexlora", "crypto=ckks_product")])
+def test_a_clear_method_refuses_an_encrypting_backend(words: tuple[str, ...]) -> None:
+    assert "sends everything in the clear: use crypto=clear, not ckks" in line(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        # the fit, the factors that travel and the rule of aggregation are one choice
+        (("method=sealed", "method.fit_rank=svd"), ("aggregate=separate", "share=alternate", "fit_rank=svd")),
+        (("method=full_he", "method.fit_rank=svd"), ("aggregate=separate", "share=both", "fit_rank=svd")),
+        (("method=fedavg", "method.aggregate=product"), ("aggregate=product", "share=both", "fit_rank=nested")),
+        (("method=flexlora", "method.aggregate=separate"), ("aggregate=separate", "share=both", "fit_rank=svd")),
+        (("method=flexlora", "method.fit_rank=pad"), ("aggregate=product", "share=both", "fit_rank=pad")),
+        (("method=she_lora", "method.fit_rank=nested"), ("aggregate=product", "share=both", "fit_rank=nested")),
+        (("method=she_lora", "method.share=alternate"), ("aggregate=product", "share=alternate", "fit_rank=svd")),
+        (("method=she_lora", "method.share=b_only"), ("a product is of both factors (method.share=both)",)),
+        # columns are negotiated for a product and for nothing else
+        (("method=full_he", "method.select=negotiated"), ("select=negotiated with method.aggregate=separate",)),
+        (("method=she_lora", "method.select=all"), ("select=all with method.aggregate=product", "the budget 1")),
+        (("method=flexlora", "method.select=all"), ("select=all with method.aggregate=product",)),
+        # scales of their own
+        (
+            ("method=sealed", "model.scaling=own"),
+            ("model.scaling=own", "use model.scaling=common", "aggregate=product"),
+        ),
+        (("method=fedavg", "model.scaling=own"), ("cannot be averaged apart",)),
+        # parameters that only add
+        (("method=she_lora", "crypto=ckks"), ("method=she_lora multiplies", "use crypto=ckks_product")),
+        (("method=she_lora", "crypto=ckks_8192"), ("use crypto=ckks_product",)),
+        (("method=she_lora", "crypto.coefficient_bits=0"), ("use crypto=ckks_product",)),
+    ],
+    ids=" ".join,
+)
+def test_names_that_make_no_method_together_are_refused_by_what_contradicts(
+    words: tuple[str, ...], parts: tuple[str, ...]
+) -> None:
+    text = line(*words)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=she_lora", "crypto=clear"),
+        ("method=she_lora", "model.scaling=own"),
+        ("method=flexlora", "model.scaling=own"),
+        ("method=flexlora", "method.select=negotiated"),
+        ("method=sealed", "crypto=ckks_product"),
+        ("method=sealed", "crypto=clear"),
+    ],
+    ids=" ".join,
+)
+def test_names_that_do_make_a_method_together_are_accepted(words: tuple[str, ...]) -> None:
+    compose(CONF, words)
 
 
 def test_a_method_chooses_its_crypto_and_the_command_line_wins() -> None:
     assert compose(CONF, ["method=fedavg"]).crypto.backend == "clear"
     assert compose(CONF, ["method=full_he"]).crypto.poly_modulus_degree == 8192
     assert compose(CONF, ["method=full_he", "crypto=ckks"]).crypto.poly_modulus_degree == 4096
+    assert compose(CONF, ["method=she_lora"]).crypto.coefficient_bits == 34
+    assert compose(CONF, ["method=flexlora"]).crypto.backend == "clear"
 
 
 def test_a_path_with_spaces_braces_and_quotes_arrives_as_written() -> None:

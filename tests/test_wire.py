@@ -17,7 +17,6 @@ from ciphertune import exchange, wire
 from ciphertune.aggregation import SeparateSum
 from ciphertune.crypto.ckks import CkksPublic
 from ciphertune.crypto.clear import ClearPublic
-from ciphertune.crypto.secret import SecretPart
 from ciphertune.errors import (
     FormatError,
     KeyMismatchError,
@@ -30,47 +29,22 @@ from ciphertune.errors import (
 )
 from ciphertune.ranks import Contributor
 from ciphertune.wire import AGGREGATE, UPDATE, Expected, Message, Session
+from tests.messages import BACKENDS, EXPECTED, RANK, ROUND, RUN, SAMPLES, SENDER, TOTAL, WHO, aggregate, parties, update
 from tests.oracle import (
     BODY,
     HEADER,
     OFFSETS,
     SEALED,
     adapter_of,
-    blank,
     encrypted,
     forge,
     in_the_clear,
+    negotiated_plan,
     plan_of,
     read,
     rehashed,
     with_body,
 )
-
-RUN, ROUND, SENDER, RANK, SAMPLES, TOTAL = 11, 2, 3, 4, 30, 100
-EXPECTED = Expected(UPDATE, ROUND, SENDER, RANK, TOTAL, SAMPLES)
-WHO = Contributor(RANK, SAMPLES)
-
-BACKENDS = pytest.mark.parametrize("backend", ["clear", "encrypted"])
-
-
-def parties(backend: str = "clear", **plan: Any) -> tuple[Session, SecretPart]:
-    made = plan_of(**plan)
-    return encrypted(made) if backend == "encrypted" else in_the_clear(made)
-
-
-def update(session: Session, secret: SecretPart, **changes: int) -> bytes:
-    values = {"round_": ROUND, "sender": SENDER, "samples": SAMPLES, "total": TOTAL, "rank": RANK, "seed": 0} | changes
-    adapter = adapter_of(session.plan, values.pop("rank"), values.pop("seed"))
-    return exchange.seal(adapter, session, secret, **values)
-
-
-def aggregate(session: Session, secret: SecretPart, round_: int = ROUND) -> bytes:
-    total = SeparateSum(session, round_, TOTAL)
-    for sender, rank in ((1, 8), (2, 8)):
-        data = update(session, secret, sender=sender, rank=rank, seed=sender, round_=round_)
-        total.add(data, sender=sender, who=Contributor(rank, SAMPLES))
-    return wire.encode(total.release(2), session)
-
 
 # ---------------------------------------------------------------------------------------------------------- the layout
 
@@ -84,9 +58,9 @@ def test_message_has_the_documented_layout(backend: str) -> None:
     # every rank is a tier of this plan, so each component is a segment of its own, the first one with the heads
     blocks = math.ceil((heads + component) / 2048) + (RANK - 1) * math.ceil(component / 2048)
     size = 8 * values if backend == "clear" else blocks * 2 * 4096 * 7
-    assert len(data) == HEADER.size + 12 + size + 32
+    assert len(data) == HEADER.size + 16 + size + 32
     assert {name: read(data, name) for name in OFFSETS} == {
-        "magic": b"CTUNE\0\0\1",
+        "magic": b"CTUNE\0\0\2",
         "kind": 1,
         "factors": 2,
         "parameters": hashlib.sha256(session.public.digest() + session.clear.digest()).digest()[:16],
@@ -100,6 +74,7 @@ def test_message_has_the_documented_layout(backend: str) -> None:
         "total": TOTAL,
         "contributors": 1,
         "contributor rank": RANK,
+        "contributor tier": 0,
         "contributor samples": SAMPLES,
     }
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
@@ -136,10 +111,34 @@ def test_what_is_encoded_is_decoded(
     assert wire.decode(wire.encode(message, session), session, Expected(AGGREGATE, round_, 0, rank)) == message
 
 
+@given(
+    people=st.lists(
+        st.builds(Contributor, st.integers(1, 8), st.integers(1, 2**40), st.integers(0, 1)), min_size=1, max_size=8
+    ),
+    spare=st.integers(0, 2**40),
+    content=st.randoms(use_true_random=False),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_an_aggregate_of_products_is_decoded_by_the_ranks_and_budgets_of_its_contributors(
+    people: list[Contributor], spare: int, content: Any
+) -> None:
+    session, _ = in_the_clear(negotiated_plan())
+    total, basis = sum(c.samples for c in people) + spare, min(16, sum(c.rank for c in people))
+    hidden = (2, 4) if any(c.tier == 1 for c in people) else (1, 2)
+    shapes = [(min(m, basis), m + n - h) for (m, n), h in zip(((7, 5), (4, 9)), hidden, strict=True)]
+    clear = content.randbytes(8 * sum(rank * size for rank, size in shapes))
+    secret = content.randbytes(8 * (21 + min(7, basis) * sum(hidden)))
+    message = Message(AGGREGATE, ("a", "b"), ROUND, 0, 8, total, tuple(people), clear, secret)
+    data = wire.encode(message, session)
+    assert wire.decode(data, session, Expected(AGGREGATE, ROUND, 0, 8)) == message
+    with pytest.raises(FormatError, match="bytes where"):
+        wire.decode(rehashed(data[:-40]), session, Expected(AGGREGATE, ROUND, 0, 8))
+
+
 # ------------------------------------------------------------------------------------------- one field at a time
 
 HEADER_FIELDS: list[tuple[str, int | bytes, type[WireError]]] = [
-    ("magic", b"CTUNE\0\0\2", FormatError),
+    ("magic", b"CTUNE\0\0\1", FormatError),
     ("magic", b"\x80\x04ctune\0", FormatError),
     ("kind", AGGREGATE, RoundMismatchError),
     ("kind", 0, RoundMismatchError),
@@ -165,6 +164,8 @@ HEADER_FIELDS: list[tuple[str, int | bytes, type[WireError]]] = [
     ("contributor rank", RANK + 1, RoundMismatchError),
     ("contributor rank", 0, FormatError),
     ("contributor rank", 9, FormatError),
+    ("contributor tier", 1, FormatError),  # a plan without budgets has tier 0 alone
+    ("contributor tier", 2**32 - 1, FormatError),
     ("contributor samples", SAMPLES + 1, RoundMismatchError),
     ("contributor samples", 0, FormatError),
     ("contributor samples", TOTAL + 1, FormatError),
@@ -188,6 +189,27 @@ def test_tampered_field_is_refused_by_its_own_error(
     with pytest.raises(WireError) as caught:
         wire.decode(forge(data, **{field.replace(" ", "_"): value}), session, EXPECTED)
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(("tier", "other"), [(0, 1), (1, 0)])
+@BACKENDS
+def test_update_of_another_tier_of_budgets_than_the_agreed_one_is_refused(backend: str, tier: int, other: int) -> None:
+    """It decides which columns are in the clear. The length of the message follows from the tier it should have."""
+    plan = negotiated_plan()
+    session, secret = encrypted(plan) if backend == "encrypted" else in_the_clear(plan)
+    data, expected = update(session, secret, tier=tier), replace(EXPECTED, tier=tier)
+    assert read(data, "contributor tier") == tier
+    assert wire.decode(data, session, expected).contributors == (Contributor(RANK, SAMPLES, tier),)
+    for found, wanted in (
+        (data, replace(expected, tier=other)),
+        (forge(data, contributor_tier=other), expected),
+        (update(session, secret, tier=other), expected),
+    ):
+        with pytest.raises(RoundMismatchError, match=f"weighted by .*expected .*tier={wanted.tier}"):
+            wire.decode(found, session, wanted)
+    for beyond in (2, 2**32 - 1):  # there are two budgets
+        with pytest.raises(FormatError, match="impossible rank or budget"):
+            wire.decode(forge(data, contributor_tier=beyond), session, expected)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +256,7 @@ def test_error_names_what_was_found_and_what_was_expected() -> None:
         ("contributor samples", TOTAL, FormatError),
         ("contributor rank", 9, FormatError),
         ("contributor rank", 0, FormatError),
+        ("contributor tier", 1, FormatError),
         ("contributors", 1, FormatError),
         ("contributors", 3, FormatError),
         ("contributors", 1_000_001, FormatError),
@@ -332,7 +355,7 @@ def test_extended_message_is_refused(backend: str, extra: int) -> None:
         wire.decode(data + bytes(extra), session, EXPECTED)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0", b"CTUNE\0\0\1", bytes(149)])
+@pytest.mark.parametrize("data", [b"", b"\0", b"CTUNE\0\0\2", bytes(153)])
 def test_empty_and_tiny_messages_are_refused(data: bytes) -> None:
     session, _ = parties()
     with pytest.raises(FormatError, match="too few"):
@@ -350,11 +373,11 @@ def test_update_that_names_two_contributors_is_refused_even_when_its_length_is_r
 def test_aggregate_of_more_than_a_million_contributors_is_refused_even_when_its_length_is_right() -> None:
     session, secret = parties()
     data = aggregate(session, secret)
-    people = data[106 : 106 + 12] * 1_000_001
-    huge = forge(data[:106] + people + data[106 + 24 :], contributors=1_000_001, total=2**63)
+    people = data[106 : 106 + 16] * 1_000_001
+    huge = forge(data[:106] + people + data[106 + 32 :], contributors=1_000_001, total=2**63)
     with pytest.raises(FormatError, match="names 1000001 contributors"):
         wire.decode(huge, session, Expected(AGGREGATE, ROUND, 0, 8))
-    most = forge(data[:106] + people[12:] + data[106 + 24 :], contributors=1_000_000, total=2**63)
+    most = forge(data[:106] + people[16:] + data[106 + 32 :], contributors=1_000_000, total=2**63)
     assert len(wire.decode(most, session, Expected(AGGREGATE, ROUND, 0, 8)).contributors) == 1_000_000
 
 
@@ -390,98 +413,3 @@ def test_clear_part_that_is_not_finite_is_refused_by_server_and_client(value: fl
     with pytest.raises(FormatError, match="NaN or infinite"):
         total.add(with_body(data, values.tobytes()), sender=SENDER, who=WHO)
     assert total.contributors == 0
-
-
-# ---------------------------------------------------------------------------------------- replays, and the sum's safety
-
-
-@BACKENDS
-def test_replay_of_an_earlier_round_is_refused(backend: str) -> None:
-    session, secret = parties(backend)
-    for earlier in (ROUND - 2, ROUND - 1):
-        total = SeparateSum(session, ROUND, TOTAL)
-        with pytest.raises(RoundMismatchError, match=f"round {earlier}, expected {ROUND}"):
-            total.add(update(session, secret, round_=earlier), sender=SENDER, who=WHO)
-        with pytest.raises(RoundMismatchError, match=f"round {earlier}, expected {ROUND}"):
-            exchange.unseal(
-                aggregate(session, secret, earlier),
-                session,
-                secret,
-                round_=ROUND,
-                rank=8,
-                base=adapter_of(session.plan, 8, 0),
-            )
-
-
-def state(total: SeparateSum) -> Message:
-    return total.release(1)
-
-
-@BACKENDS
-def test_second_update_of_one_sender_is_refused_and_leaves_the_sum_as_it_was(backend: str) -> None:
-    session, secret = parties(backend)
-    total = SeparateSum(session, ROUND, TOTAL)
-    total.add(update(session, secret), sender=SENDER, who=WHO)
-    before = state(total)
-    for seed in (0, 1):
-        with pytest.raises(RoundMismatchError, match=f"client {SENDER} has already contributed to round {ROUND}"):
-            total.add(update(session, secret, seed=seed), sender=SENDER, who=WHO)
-    assert state(total) == before
-    assert total.contributors == 1
-
-
-@BACKENDS
-def test_update_of_another_client_cannot_be_sent_as_ones_own(backend: str) -> None:
-    session, secret = parties(backend)
-    total = SeparateSum(session, ROUND, TOTAL)
-    stolen = update(session, secret, sender=SENDER)
-    with pytest.raises(RoundMismatchError, match=f"sender {SENDER}, expected {SENDER + 1}"):
-        total.add(stolen, sender=SENDER + 1, who=WHO)
-
-
-@BACKENDS
-def test_bad_update_leaves_the_sum_exactly_as_it_was_and_the_next_good_one_counts(backend: str) -> None:
-    session, secret = parties(backend)
-    total, alone = SeparateSum(session, ROUND, TOTAL), SeparateSum(session, ROUND, TOTAL)
-    first, second = update(session, secret), update(session, secret, sender=4, seed=1)
-    for sum_ in (total, alone):
-        sum_.add(first, sender=SENDER, who=WHO)
-    before = state(total)
-    flipped = second[:200] + bytes([second[200] ^ 1]) + second[201:]
-    bad = [second[:-1], b"", flipped, forge(second, key=b"k" * 16)]
-    bad += [forge(second, contributor_samples=SAMPLES + 1), forge(second, round=0), rehashed(second[:-40])]
-    if backend == "encrypted":
-        bad.append(with_body(second, b"\xff" * (len(second) - BODY - 32)))
-        bad.append(with_body(second, bytes(len(second) - BODY - 32)))
-    for data in bad:
-        with pytest.raises(WireError):
-            total.add(data, sender=4, who=WHO)
-        assert state(total) == before
-    for sum_ in (total, alone):
-        sum_.add(second, sender=4, who=WHO)
-    assert state(total) == state(alone) != before
-
-
-def test_a_weight_that_the_server_did_not_agree_to_is_refused() -> None:
-    session, secret = parties()
-    heavy = update(session, secret, samples=TOTAL)
-    with pytest.raises(RoundMismatchError, match=r"weighted by .*samples=100\), expected 30"):
-        SeparateSum(session, ROUND, TOTAL).add(heavy, sender=SENDER, who=WHO)
-
-
-@pytest.mark.parametrize(("samples", "total"), [(0, 100), (-1, 100), (101, 100), (1, 0)])
-def test_seal_refuses_a_weight_outside_0_to_1(samples: int, total: int) -> None:
-    session, secret = parties()
-    with pytest.raises(RangeError, match="not between 0 and 1"):
-        update(session, secret, samples=samples, total=total)
-
-
-@BACKENDS
-def test_seal_refuses_values_that_are_not_finite_or_above_the_bound(backend: str) -> None:
-    for select in ("none", "all"):
-        session, secret = parties(backend, select=select)
-        for bad, reason in ((float("nan"), "NaN or infinite"), (64.5, "above crypto"), (float("-inf"), "NaN")):
-            adapter = blank(adapter_of(session.plan, RANK, 0))
-            adapter.layers["block.v"].b[2, 3] = bad
-            with pytest.raises(RangeError, match=reason):
-                exchange.seal(adapter, session, secret, round_=ROUND, sender=1, samples=1, total=100)

@@ -35,7 +35,8 @@ class SeparateSum:
         """Check one update and add it. Raises WireError, leaving the sum as it was; a sender has one update."""
         if sender in self._contributors:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
-        message, _ = opened(data, self._session, self._round, sender, who, self._total)  # before either part is added
+        message, clear = opened(data, self._session, self._round, sender, who, self._total)
+        check_weighted(clear, self._session.bound, message)  # all parts are good before any is added
         wire.check_contributors((*self._contributors.values(), *message.contributors), self._total, self._session.plan)
         mask = self._agreed(message)
         self._secret.add(message.secret)
@@ -106,6 +107,13 @@ def opened(
 
 def _digest(mask: bytes) -> str:
     return hashlib.sha256(mask).hexdigest()[:16]
+
+
+def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.Message) -> None:
+    """Raise FormatError unless values that a client weighted are within the bound times its weight."""
+    most = bound * message.contributors[0].samples / message.total
+    if values.size and float(np.abs(values).max()) > most * (1 + 1e-6):  # rounding to float32
+        raise FormatError(f"the clear part holds values above crypto.bound={bound:g} times the client's weight")
 
 
 def too_few(round_: int, found: int, minimum: int) -> FederationError:

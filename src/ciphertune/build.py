@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ciphertune.crypto.base import PublicPart
 from ciphertune.crypto.clear import ClearPublic
-from ciphertune.plan import HeadShape, LayerShape, Plan
+from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan
 from ciphertune.settings import CryptoSettings, Settings, ckks_params
 from ciphertune.wire import Session
 
@@ -30,7 +30,7 @@ def make_plan(
     of budgets, and the codes of the columns to encrypt. Every party makes the same one. Raises FormatError.
     """
     method = settings.method
-    cap = method.rank_cap or max(tiers) * (2 if method.select == "negotiated" else 1)
+    cap = method.rank_cap or min(MAX_RANK, max(tiers, default=0) * (2 if method.select == "negotiated" else 1))
     return Plan(
         layers=layers,
         heads=heads,

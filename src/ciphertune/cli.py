@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `ciphertune keys`."""
+"""The command line: `ciphertune run`, `ciphertune compare`, `ciphertune keys`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ciphertune.errors import CiphertuneError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. 0: done; 1: the run failed; 2: a mistake in what was asked, with one line saying which."""
-    options = parser().parse_args(arguments)
+    options = _parse(arguments)
     for one in (signal.SIGTERM, signal.SIGHUP):  # so that what was started is ended
         signal.signal(one, _interrupt)
     try:
@@ -26,6 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ciphertune: interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before, between and after the options: argparse alone takes only the first group of them."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        root.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _interrupt(*_: object) -> None:
@@ -53,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--verbose", action="store_true", help="show all of Flower's log")
     run.set_defaults(action=_run)
 
+    _add_compare(commands)
     keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(
         required=True, metavar="action"
     )
@@ -65,6 +77,39 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path)
     show.set_defaults(action=_keys_show)
     return root
+
+
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="run several methods under several seeds and put the results side by side",
+        description="Run every row under every seed, one run each, and write compare.json, .csv, .md and .html. The "
+        "same command goes on where it was cut off; what is finished is not run again.",
+        epilog="Rows are the methods of method=fedavg,sealed and what --row adds, e.g. "
+        "--row 'sealed, in the clear: method=sealed crypto=clear'. Other overrides hold for all rows.",
+    )
+    compare.add_argument("overrides", nargs="*", help="method=fedavg,flexlora,sealed and Hydra overrides for all rows")
+    compare.add_argument("--seeds", type=int, help="how many: 0, 1, 2, ... (default: 3); also as seeds=3")
+    compare.add_argument("--out", type=Path, required=True, help="folder for the runs, their logs and the results")
+    compare.add_argument("--row", action="append", default=[], metavar="'NAME: OVERRIDE ...'", help="one more row")
+    compare.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
+    compare.add_argument("--parallel", type=int, default=1, help="runs at a time (default: 1)")
+    compare.add_argument("--verbose", action="store_true", help="keep all of Flower's log in the log of each run")
+    compare.set_defaults(action=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ciphertune.compare import compare
+
+    return compare(
+        options.app,
+        options.overrides,
+        rows=options.row,
+        seeds=options.seeds,
+        out=options.out,
+        parallel=options.parallel,
+        verbose=options.verbose,
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def split_columns(adapter: Adapter, plan: Plan, tier: int, codes: Sequence[Codes
 
     codes: per layer, the code of each column, shape (n,). Raises PlanMismatchError for an adapter of another shape.
     """
-    _check(adapter, plan, codes)
+    check_shape(adapter, plan)
     found = [adapter.layers[x.name] for x in plan.layers]
     by_code = [in_code_order(f.a.astype(np.float64) * weight, c) for f, c in zip(found, codes, strict=True)]
     clear: list[Vector] = []
@@ -152,12 +152,14 @@ def in_column_order(a: FloatArray, codes: Codes) -> FloatArray:
     return a[:, codes]
 
 
-def _check(adapter: Adapter, plan: Plan, codes: Sequence[Codes]) -> None:
+def check_shape(adapter: Adapter, plan: Plan) -> None:
+    """Raise PlanMismatchError unless the adapter has the plan's layers and heads, at one rank."""
     if [*adapter.layers] != [x.name for x in plan.layers]:
         raise PlanMismatchError("the adapter has other layers than the plan")
-    for layer, code in zip(plan.layers, codes, strict=True):
+    pack_heads(adapter, plan)
+    for layer in plan.layers:
         factors = adapter.layers[layer.name]
-        if (factors.b.shape[0], factors.a.shape[1], code.size) != (layer.m, layer.n, layer.n):
+        if (factors.b.shape, factors.a.shape) != ((layer.m, adapter.rank), (adapter.rank, layer.n)):
             raise PlanMismatchError(f"layer {layer.name} of the adapter is not ({layer.m}, {layer.n}) as the plan says")
 
 

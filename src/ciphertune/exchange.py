@@ -12,6 +12,7 @@ from ciphertune.columns import (
     Codes,
     aggregate_tier,
     basis_ranks,
+    check_shape,
     in_column_order,
     join_columns,
     read_clear,
@@ -30,6 +31,8 @@ from ciphertune.split import Vector, head_size, join, join_heads, pack
 
 # of an entry of a mean; entries of trained factors are of the order of 0.01 to 1
 _LARGEST_ERROR = 1e-3
+# of an entry of M where nothing is encrypted: far above anything that training makes, far below overflow
+_LARGEST_PRODUCT = 1e9
 
 
 def seal(
@@ -110,6 +113,10 @@ def unseal(
     return adapter, message
 
 
+def _within(values: Vector, largest: float) -> bool:
+    return values.size == 0 or bool(np.abs(values).max() <= largest)  # false for NaN
+
+
 def _absurd(round_: int, bound: float) -> RangeError:
     """An undetected wrong key, a wrapped sum or a forged total shows as absurd numbers, never as an exception."""
     return RangeError(f"the mean of round {round_} holds values above crypto.bound={bound:g}")
@@ -179,14 +186,17 @@ def _from_product(
     they are to be merged, as an adapter of all components.
     """
     plan, share = session.plan, sum(c.samples for c in message.contributors) / message.total
+    check_shape(base, plan)
     tier, basis = aggregate_tier(plan, message.contributors), basis_ranks(plan, message.contributors)
     factors = read_clear(clear, plan, basis, tier)
     rows = np.stack(segments[1:]) if len(segments) > 1 else np.zeros((0, 0))
-    if not np.isfinite(rows).all():
-        raise _absurd(message.round, session.bound)
     layers = {}
     products = join_columns(factors, rows, plan, tier)
     for layer, found, m, codes in zip(plan.layers, factors, products, codes_by_layer, strict=True):
+        # LAPACK may never return from infinite values; a basis is orthonormal
+        most = session.bound * 1.01 if plan.fit_rank == "merge" else 1.01
+        if not (_within(m / share, min(session.public.largest, _LARGEST_PRODUCT)) and _within(found.left, most)):
+            raise _absurd(message.round, session.bound)
         old, mean = base.layers[layer.name], in_column_order(m, codes) / share
         if plan.fit_rank == "merge":
             layers[layer.name] = LoraFactors(mean, found.left / old.scale, old.scale)
@@ -196,8 +206,9 @@ def _from_product(
 
 
 def _check_reach(adapter: Adapter, session: wire.Session) -> None:
-    """Refuse factors whose product could wrap around the modulus. Raises RangeError."""
+    """Refuse scaled factors above the bound, or whose product could wrap around the modulus. Raises RangeError."""
     for name, factors in adapter.layers.items():
+        check_range(factors.b * factors.scale, session.bound)
         largest = session.bound * reach(factors.b * factors.scale)
         if largest > session.public.largest:
             raise RangeError(

@@ -56,7 +56,7 @@ def launch(
     if not settings.model.name:
         raise SettingsError("model.name is empty: give a folder, a hub id, or 'embedded'")
     if superlink is None:
-        _check_simulation(settings)
+        check_simulation(settings)
     name = settings.name or f"{settings.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
     runs = runs_dir.expanduser().resolve()
     if (runs / name / "settings.yaml").exists():
@@ -78,7 +78,7 @@ def launch(
             return _follow(command, environment, empty, _CONNECTION, verbose, log)
 
 
-def _check_simulation(settings: Settings) -> None:
+def check_simulation(settings: Settings) -> None:
     """What can be seen on this machine before anything is started. Raises SettingsError."""
     federation, data, model = settings.federation, settings.data, settings.model
     if federation.min_clients > len(federation.clients):
@@ -179,10 +179,10 @@ def _own_superlink(scratch: Path, cwd: Path) -> Iterator[dict[str, str]]:
             _wait_until_up(port, process, scratch / "superlink.log")
             yield environment
         finally:
-            _end(process.pid)
+            end_tree(process.pid)
 
 
-def _end(pid: int) -> None:
+def end_tree(pid: int) -> None:
     """End a process and all that descend from it: the SuperLink, its simulation, Ray. Ended alone, they outlive it."""
     try:
         parent = psutil.Process(pid)

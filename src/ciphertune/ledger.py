@@ -108,7 +108,9 @@ class Ledger:
             self._weights = {}
         self._before[round_] = before
         self._round_seconds.append(seconds)
-        self._folder.line(round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_])
+        self._folder.line(
+            round_, "round", "server", seconds=round(seconds, 6), contributors=self._added[round_], **_before(before)
+        )
 
     def round_line(self, round_: int) -> str:
         """One line of progress."""
@@ -175,6 +177,10 @@ class Ledger:
             "encrypted_fraction": self.encrypted_fraction,
             **({"epsilon": self._epsilon[name]} if name in self._epsilon else {}),
         }
+
+
+def _before(score: Score | None) -> dict[str, Any]:
+    return score.as_dict() if score else {}
 
 
 def _score(score: Score | None) -> dict[str, Any] | None:

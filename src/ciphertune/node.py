@@ -146,6 +146,7 @@ def _check_protection(settings: Settings, config: Mapping[str, Any], key_file: s
 
 def _number(config: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e15
+    if not number or (kind is int and (value != value or value != int(value))):
         raise SettingsError(f"node setting {key}={value!r} is of the wrong type: want {kind.__name__}")
     return kind(value)

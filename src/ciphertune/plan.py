@@ -15,7 +15,7 @@ Factor = str  # "a" | "b"
 FACTORS: tuple[Factor, ...] = ("a", "b")
 
 # A plan comes over the wire; these stop a hostile one from asking for the impossible.
-_MAX_LAYERS, _MAX_DIMENSION, _MAX_RANK, _MAX_TIERS = 10_000, 1 << 24, 4096, 1000
+_MAX_LAYERS, _MAX_DIMENSION, MAX_RANK, _MAX_TIERS = 10_000, 1 << 24, 4096, 1000
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Plan:
             len(self.layers) + len(self.heads) > _MAX_LAYERS
             or not all(1 <= d <= _MAX_DIMENSION for d in sizes)
             or not 1 <= len(self.tiers) <= _MAX_TIERS
-            or not 1 <= self.tiers[0] <= self.tiers[-1] <= _MAX_RANK
+            or not 1 <= self.tiers[0] <= self.tiers[-1] <= MAX_RANK
             or list(self.tiers) != sorted(set(self.tiers))
             or not (math.isfinite(self.scale) and self.scale > 0)
         ):
             raise FormatError("the plan asks for impossible sizes")
 
     def _check_columns(self) -> None:
-        if not (0 <= self.rank_cap <= _MAX_RANK and len(self.budgets) <= _MAX_TIERS):
+        if not (0 <= self.rank_cap <= MAX_RANK and len(self.budgets) <= _MAX_TIERS):
             raise FormatError("the plan asks for impossible sizes")
         first, last, begin, end = self.schedule if len(self.schedule) == 4 else (1.0, 0.0, 0.0, 0.0)
         if not (0 <= first <= last < 1 and 0 <= begin < end < math.inf and 0 < self.fraction <= 1):
@@ -143,7 +143,7 @@ class Plan:
 
     def accepts(self, rank: int, tier: int) -> bool:
         """Whether a contributor of this rank and tier of budgets can be."""
-        known = rank in self.tiers if self.aggregate == "separate" else 1 <= rank <= _MAX_RANK
+        known = rank in self.tiers if self.aggregate == "separate" else 1 <= rank <= MAX_RANK
         return known and 0 <= tier < max(1, len(self.budgets))
 
     def shared(self, rank: int) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ciphertune import wire
-from ciphertune.aggregation import opened, too_few
+from ciphertune.aggregation import check_weighted, opened, too_few
 from ciphertune.columns import Codes, Factors, aggregate_tier, basis_ranks, clear_codes, read_clear, slots
 from ciphertune.crypto.base import blocks_for
 from ciphertune.errors import FormatError, RoundMismatchError
@@ -42,7 +42,7 @@ class ProductSum:
 
     session: the run.  round_: from 0.  total: samples of all clients asked, the denominator of every weight.
     truncation: after `release`, per layer, what the rank cap cost: the norm of what was cut from the clear part of M
-    over the norm of that part; None where no column is clear. What it cost in the encrypted part nobody can know here.
+    over the norm of that part; None where that is zero. What it cost in the encrypted part the server cannot know.
     """
 
     def __init__(self, session: wire.Session, round_: int, total: int) -> None:
@@ -63,6 +63,7 @@ class ProductSum:
         message, clear = opened(data, self._session, self._round, sender, who, self._total)
         wire.check_contributors((*(u.who for u in self._updates.values()), who), self._total, plan)
         layers = read_clear(clear, plan, (who.rank,) * len(plan.layers), who.tier)
+        check_weighted(np.concatenate([np.ravel(x.right) for x in layers] or [clear]), self._session.bound, message)
         largest = self._session.bound * max((reach(x.left) for x in layers), default=0.0)
         if largest > public.largest:
             raise FormatError(f"a factor B is so large that the product could reach {largest:.3g} and wrap around")
@@ -136,17 +137,19 @@ def shared_basis(
 ) -> tuple[Vector, Vector, Vector, float | None]:
     """Q (m, rank), C (rank, sum r_i), M (rank, n) and M's relative error, for ``sum_i left_i right_i = Q M``.
 
-    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. When `rank` is less than all that Q needs, the
-    directions that matter most to the clear part stay, and after them those of the largest left factors.
+    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. The basis is turned to the directions that matter
+    most to the clear part, and after them to those of the largest left factors; when `rank` is less than all that Q
+    needs, the last ones are cut. Turned in any case: of a bare QR decomposition C is triangular, and the last rows of M
+    would be the last client's A alone, for every client to read.
     """
     q, c = np.linalg.qr(np.concatenate(left, axis=1))
     m = c @ np.concatenate(right)
-    if q.shape[1] <= rank:
-        return q, c, m, 0.0
     norm = float(np.linalg.norm(m))
     tiny = 1e-6 * (norm or 1.0) / (float(np.linalg.norm(c)) or 1.0)
-    u = np.linalg.svd(np.concatenate([m, tiny * c], axis=1), full_matrices=False)[0][:, :rank]
+    u = np.linalg.eigh(m @ m.T + tiny**2 * (c @ c.T))[1][:, ::-1][:, :rank]  # left singular vectors of both together
     cut = u.T @ m
+    if q.shape[1] <= rank:
+        return q @ u, u.T @ c, cut, 0.0
     lost = float(np.linalg.norm(m - u @ cut)) / norm if norm else None
     return q @ u, u.T @ c, cut, lost
 

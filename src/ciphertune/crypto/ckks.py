@@ -168,19 +168,35 @@ class Multiplier:
         self._product_scale = public.scale * self._scale
 
     def sum(self, terms: Sequence[Any], factors: Sequence[FloatVector], added: FloatVector) -> Any:
-        """``sum_k factors[k] * terms[k] + added`` as one ciphertext, at the product scale; at least one term."""
+        """``sum_k factors[k] * terms[k] + added`` as one ciphertext, at the product scale; at least one term.
+
+        Terms that cancel each other's second polynomial, which only a client that sends no honest ciphertexts can make,
+        hide nothing, and SEAL refuses the sum: they are left out of it.
+        """
         total: Any = None
         for term, factor in zip(terms, factors, strict=True):
-            product = seal.Ciphertext()
-            self._evaluator.multiply_plain(term, self._factor(factor), product)
-            if total is None:
-                total = product
-            else:
-                self._evaluator.add_inplace(total, product)
+            product = self._times(term, self._factor(factor))
+            total = product if total is None else self._plus(total, product)
+        if total is None:
+            smallest = np.full(factors[-1].shape, 1.0 / self._scale)
+            total = self._times(terms[-1], self._factor(smallest))
         if added.any():
             plain = seal.Plaintext()
             self._encoder.encode(added.tolist(), self._product_scale, plain)
             self._evaluator.add_plain_inplace(total, plain)
+        return total
+
+    def _times(self, term: Any, factor: Any) -> Any:
+        product = seal.Ciphertext()
+        self._evaluator.multiply_plain(term, factor, product)
+        return product
+
+    def _plus(self, one: Any, two: Any) -> Any:
+        total = seal.Ciphertext()
+        try:
+            self._evaluator.add(one, two, total)
+        except RuntimeError:  # "result ciphertext is transparent"
+            return None
         return total
 
     def _factor(self, values: FloatVector) -> Any:
