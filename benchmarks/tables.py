@@ -106,8 +106,31 @@ def she_lora_table(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def she_lora_accuracy_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/she_lora_accuracy.py."""
+    rows = [
+        "| data | method | accuracy, mean and spread over seeds | up per round | down per round | encrypted |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def line(data: str, name: str, r: dict[str, Any]) -> str:
+        spread = "" if r["spread"] is None else f" ± {100 * r['spread']:.1f}"
+        sizes = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB | {r['encrypted_fraction']:.1%}"
+        return f"| {data} | {name} | {100 * r['accuracy']:.1f} %{spread} | {sizes} |"
+
+    gaps = []
+    for data, methods in found["data"].items():
+        rows += [line(data, f"`{name}`", methods[name]) for name in ("flexlora", "she_lora")]
+        gap = methods["difference"]
+        gaps.append(f"{data} {100 * gap['accuracy']:+.2f} ± {100 * gap['spread']:.2f} points")
+    for r in found["budgets"]:
+        rows.append(line(found["budgets_data"], f"`she_lora`, every budget {r['budget']:.0%}, one seed", r))
+    return [*rows, "", f"`she_lora` minus `flexlora`, mean and spread over seeds: {'; '.join(gaps)}."]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "round": round_table,
+    "she_lora_accuracy": she_lora_accuracy_table,
     "default": default_table,
     "real_sst2_minilm": real_table,
     "real_instructions_llama": real_table,

@@ -56,12 +56,13 @@ def start(stack: ExitStack, environment: dict[str, str], log: Path, *words: str)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["sealed", "she_lora"])
 def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
-    started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path
+    started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path, method: str
 ) -> None:
     stack, environment = started
     key = tmp_path / "lab.key"
-    made = [str(BIN / "ciphertune"), "keys", "create", "--out", str(key), "--app", str(ROOT)]
+    made = [str(BIN / "ciphertune"), "keys", "create", "--out", str(key), "--app", str(ROOT), f"method={method}"]
     subprocess.run(made, env=environment, check=True, capture_output=True)
     port = free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
@@ -76,6 +77,8 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     for name, rank in (("lab-a", 4), ("lab-b", 8)):
         data = write_lines(tmp_path / f"{name}.jsonl", [{"text": t} for t in SENTENCES])
         config = f'name="{name}" rank={rank} data-path="{data}" key-file="{key}" run-dir="{tmp_path / name}"'
+        if method == "she_lora":  # it sends some of A in the clear, which a node must be told to do
+            config += " allow-clear=true " + ("budget=0.1" if rank == 4 else "seconds-per-round=20 upstream=1000000")
         start(stack, environment, tmp_path / f"{name}.log", "flower-supernode", "--insecure", "--superlink",
               f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)  # fmt: skip
     home = tmp_path / "flwr"
@@ -84,7 +87,7 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
         f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     overrides = [
-        "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl", "data.heldout_fraction=0.3",
+        f"method={method}", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl", "data.heldout_fraction=0.3",
         "federation.rounds=2", "federation.min_clients=2", "federation.clients=[{rank:4},{rank:8}]",
         "federation.compare_local=false", "training.steps=2", "training.batch_size=2", "name=two-labs",
     ]  # fmt: skip
@@ -94,7 +97,8 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert "round 2/2: 2 of 2 clients" in done.stdout
     summary = json.loads((tmp_path / "server/runs/two-labs/summary.json").read_text())
-    assert summary["status"] == "completed" and summary["encrypted_fraction"] == 1.0
+    assert summary["status"] == "completed" and (summary["encrypted_fraction"] == 1.0) == (method == "sealed")
+    assert summary["encrypted_fraction"] > 0.1
     assert {n: v["rank"] for n, v in summary["nodes"].items()} == {"lab-a": 4, "lab-b": 8}
     for name in ("lab-a", "lab-b"):
         assert (tmp_path / name / f"two-labs/clients/{name}/adapter/adapter_model.safetensors").is_file()
