@@ -128,8 +128,26 @@ def she_lora_accuracy_table(found: dict[str, Any]) -> list[str]:
     return [*rows, "", f"`she_lora` minus `flexlora`, mean and spread over seeds: {'; '.join(gaps)}."]
 
 
+def fedshield_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/fedshield.py."""
+    rows = ["| mask | rate | up | down | up against plaintext | both ways against the published code |", "|---|" * 6]
+    rows[1] = "|" + "---|" * 6
+    names = {"own": "own (the paper)", "agreed": "agreed (ours)", "published": "published code, from a sample"}
+    for r in found["rows"]:
+        rate = "any" if r["rate"] is None else f"{r['rate']:g}"
+        sizes = f"{r['bytes_up'] / 1e6:.2f} MB | {r['bytes_down'] / 1e6:.2f} MB"
+        ratios = f"{r['up_over_plaintext']:.2f} | {r['total_over_published']:.3f}"
+        rows.append(f"| {names.get(r['mask'], r['mask'])} | {rate} | {sizes} | {ratios} |")
+    claims = []
+    for name, rate in found["from_which_rate_40_percent_less"].items():
+        shown = {k: "at no measured rate" if v is None else f"from rate {v:g}" for k, v in rate.items()}
+        claims.append(f"{name}: communication {shown['communication']}, computation {shown['computation']}")
+    return [*rows, "", f"The paper's claim, 40 % less than the baseline, holds with the {'; with the '.join(claims)}."]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "round": round_table,
+    "fedshield": fedshield_table,
     "she_lora_accuracy": she_lora_accuracy_table,
     "default": default_table,
     "real_sst2_minilm": real_table,
