@@ -130,9 +130,8 @@ def _check_protection(settings: Settings, config: Mapping[str, Any], key_file: s
     """A real node sends nothing in the clear unless its owner said so, and has a key. Raises SettingsError."""
     method, backend = settings.method, settings.crypto.backend
     if (backend == "clear" or method.select != "all") and config.get("allow-clear") is not True:
-        part = (
-            "B and most columns of A" if method.select == "negotiated" and backend != "clear" else "this node's update"
-        )
+        parts = {"negotiated": "B and most columns of A", "entries": "most entries of its updates"}
+        part = parts.get(method.select, "this node's update") if backend != "clear" else "this node's update"
         raise SettingsError(
             f"method={method.name} with crypto={backend} would send {part} in the "
             "clear: it refuses unless it was started with --node-config 'allow-clear=true'"
