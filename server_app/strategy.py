@@ -42,7 +42,7 @@ class EncryptedLora(Strategy):
     def summary(self) -> None:
         """Say what is about to happen."""
         method, crypto = self.settings.method, self.settings.crypto
-        say(f"{method.name}: share {method.share}, encrypt {method.select}, ranks {method.fit_rank}, {crypto.backend}")
+        say(f"{method.name}: share {method.share}, secret {method.select}, ranks {method.fit_rank}, {crypto.backend}")
         say(f"run folder {self.folder.path}")
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -123,6 +123,8 @@ class EncryptedLora(Strategy):
         for reply in replies:
             member = self._asked[reply.metadata.reply_to_message_id]
             started = time.perf_counter()
+            if not reply.has_error() and "payload" in reply.content:
+                self.ledger.arrived(member)
             try:
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)

@@ -72,6 +72,47 @@ def mean_factor(clients: Sequence[Adapter], samples: Sequence[int], layer: str, 
     return np.array(rows)
 
 
+def rows_of(adapter: Adapter, layer: str, factor: str) -> Matrix:
+    """A factor with one row per component."""
+    return adapter.layers[layer].a if factor == "a" else adapter.layers[layer].b.T
+
+
+def largest(rows: Matrix, tiers: Sequence[int], rate: float) -> npt.NDArray[np.bool_]:
+    """L1 unstructured pruning of one factor (a row per component), each tier of components for itself: what remains.
+
+    All but round(rate * entries) of the smallest absolute values; of equal ones the first go first.
+    """
+    keep = np.ones(rows.shape, bool)
+    for low, high in zip([0, *tiers], [t for t in tiers if t <= len(rows)], strict=False):
+        entries = [(k, j) for k in range(low, high) for j in range(rows.shape[1])]
+        entries.sort(key=lambda kj: abs(rows[kj]))  # sort keeps the order of equal ones
+        for entry in entries[: round(rate * len(entries))]:
+            keep[entry] = False
+    return keep
+
+
+def mean_of_kept(
+    clients: Sequence[Adapter],
+    samples: Sequence[int],
+    layer: str,
+    factor: str,
+    tiers: Sequence[int],
+    rate: float,
+    who: str,
+) -> Matrix:
+    """The factor pruned by each client's own mask, averaged per entry over the clients that have the component.
+
+    who: all, a pruned entry counts as zero; kept, it does not count, and is zero where nobody kept it.
+    """
+    rows = [rows_of(c, layer, factor) for c in clients]
+    total, divisor = np.zeros(max(rows, key=len).shape), np.zeros(max(rows, key=len).shape)
+    for found, n in zip(rows, samples, strict=True):
+        keep = largest(found, tiers, rate)
+        total[: len(found)] += n * np.where(keep, found, 0.0)
+        divisor[: len(found)] += n * (keep if who == "kept" else 1)
+    return np.divide(total, divisor, out=np.zeros_like(total), where=divisor > 0)
+
+
 def mean_head(clients: Sequence[Adapter], samples: Sequence[int], head: str) -> Matrix:
     """Task heads are averaged with the sample weights, whatever the ranks."""
     return sum(w * c.heads[head] for c, w in zip(clients, weights(samples), strict=True))
@@ -286,6 +327,12 @@ def cohort(plan: Plan, ranks: Sequence[int], round_: int, seed: int = 0) -> list
             layers[name] = LoraFactors(a, b, factors.scale)
         clients.append(Adapter(layers, own.heads))
     return clients
+
+
+def truncated(adapter: Adapter, rank: int) -> Adapter:
+    """The first components of an adapter: what a client of lower rank holds of it."""
+    layers = {n: LoraFactors(f.a[:rank].copy(), f.b[:, :rank].copy(), f.scale) for n, f in adapter.layers.items()}
+    return Adapter(layers, adapter.heads)
 
 
 def blank(adapter: Adapter, dtype: type = np.float64) -> Adapter:

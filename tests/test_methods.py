@@ -5,132 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ciphertune import build, exchange, wire
+from ciphertune import build
 from ciphertune.adapter import Adapter, LoraFactors
-from ciphertune.aggregation import SeparateSum, cut
-from ciphertune.crypto.clear import ClearPublic
-from ciphertune.crypto.clear_secret import ClearSecret
-from ciphertune.crypto.secret import SecretPart
-from ciphertune.plan import HeadShape, LayerShape
-from ciphertune.ranks import Contributor
-from ciphertune.settings import ckks_params, compose
-from ciphertune.wire import Session
-from tests.oracle import (
-    Matrix,
-    adapter_of,
-    cohort,
-    mean_component_update,
-    mean_factor,
-    mean_head,
-    shared_secret,
-    true_update,
-)
-
-CONF = Path(__file__).parent.parent / "conf"
-IN_FLOAT64 = ("crypto=clear", "crypto.precision=float64")
-RANKS, SAMPLES = (2, 4, 8, 8), (37, 5, 120, 64)
-# one component has 450 (B) or 600 (A) values: no whole number of them fills a ciphertext of 2048 or 4096
-LAYERS = (LayerShape("block.q", 300, 200), LayerShape("block.v", 150, 400))
-HEADS = (HeadShape("classifier.bias", (3,)), HeadShape("classifier.weight", (3, 6)))
+from ciphertune.settings import compose
+from tests.oracle import Matrix, adapter_of, mean_component_update, mean_factor, true_update
+from tests.separate_cases import CONF, HEADS, IN_FLOAT64, LAYERS, RANKS, Round, gap
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What a method is: which factors travel in rounds 0 and 1, whether encrypted, how components are averaged."""
+    """What a method is: which factors travel in rounds 0 and 1, whether encrypted, how components are averaged.
+
+    weights: by training samples, or by the norm of each client's own update.
+    """
 
     travels: tuple[tuple[str, ...], tuple[str, ...]]
     encrypted: bool
     fit_rank: str
+    weights: str = "samples"
 
 
+BOTH = (("a", "b"), ("a", "b"))
 METHODS = {
-    "fedavg": Definition((("a", "b"), ("a", "b")), False, "nested"),
-    "full_he": Definition((("a", "b"), ("a", "b")), True, "nested"),
+    "dp_lora": Definition(BOTH, False, "nested"),  # of what clients send; clipping and noise: test_privacy.py
+    "fedavg": Definition(BOTH, False, "nested"),
+    "fedshield": Definition(BOTH, True, "nested"),  # not pruned yet; later rounds: test_pruning.py
+    "ffa_lora": Definition((("b",), ("b",)), False, "nested"),
+    "full_he": Definition(BOTH, True, "nested"),
+    "hetlora": Definition(BOTH, False, "pad", "norm"),
+    "local": Definition(((), ()), False, "nested"),
+    "maskcrypt": Definition(BOTH, True, "nested"),  # what is encrypted from round 1 on: test_maskcrypt.py
+    "rolora": Definition((("b",), ("a",)), False, "nested"),
     "sealed": Definition((("b",), ("a",)), True, "nested"),
 }
-PRODUCTS = {"flexlora", "she_lora"}  # their formulas are in test_she_lora.py
+# whole products: test_she_lora.py; without some columns: test_baselines.py
+OTHERS = {"flexlora": "product", "she_lora": "product", "drop_columns": "product", "flora": "stack"}
 RULES = {p.stem: compose(CONF, [f"method={p.stem}"]).method.aggregate for p in (CONF / "method").glob("*.yaml")}
 FILES = sorted(name for name, rule in RULES.items() if rule == "separate")
 EVERY = pytest.mark.parametrize("method", FILES)
+SHARING = pytest.mark.parametrize("method", [name for name in FILES if name != "local"])  # which averages nothing
 ROUNDS = pytest.mark.parametrize("round_", [0, 1])
-
-
-class Round:
-    """One round of a method with clients of the given ranks, and what each of them ends up with."""
-
-    def __init__(
-        self,
-        overrides: Sequence[str],
-        round_: int,
-        *,
-        ranks: Sequence[int] = RANKS,
-        samples: Sequence[int] = SAMPLES,
-        absent: int = 0,
-        clients: Sequence[Adapter] = (),
-    ) -> None:
-        self.settings = compose(CONF, list(overrides))
-        self.plan = build.make_plan(self.settings, LAYERS, HEADS, tuple(sorted(set(ranks))))
-        self.samples, self.total = list(samples), sum(samples) + absent
-        self.session, self.secret = self._parties()
-        self.clients = list(clients) or cohort(self.plan, ranks, round_, seed=round_)
-        sum_ = SeparateSum(self.session, round_, self.total)
-        self.messages = []
-        for sender, (client, n) in enumerate(zip(self.clients, samples, strict=True), 1):
-            data = exchange.seal(
-                client, self.session, self.secret, round_=round_, sender=sender, samples=n, total=self.total
-            )
-            self.messages.append(sum_.add(data, sender=sender, who=Contributor(client.rank, n)))
-        released = sum_.release(2)
-        self.received: list[Adapter] = []
-        for client in self.clients:
-            data = wire.encode(cut(released, self.session, client.rank), self.session)
-            mean, _ = exchange.unseal(data, self.session, self.secret, round_=round_, rank=client.rank, base=client)
-            self.received.append(mean)
-
-    def _parties(self) -> tuple[Session, SecretPart]:
-        crypto = self.settings.crypto
-        secret: SecretPart
-        if crypto.backend == "clear":
-            secret = ClearSecret(ClearPublic(crypto.precision), crypto.bound)
-        else:
-            secret = shared_secret(ckks_params(crypto))
-        return build.session(self.settings, self.plan, run=9, key_fingerprint=secret.fingerprint), secret
-
-    def bound(self, k: int | None = None) -> float:
-        """Largest error of component k's mean (of a head's without k): that of the sum over the divisor."""
-        have = [n for c, n in zip(self.clients, self.samples, strict=True) if k is None or c.rank > k]
-        divisor = sum(have if self.plan.fit_rank == "nested" else self.samples) / self.total
-        largest = max(
-            float(np.abs(x).max())
-            for c in self.clients
-            for x in [*c.heads.values(), *(m for f in c.layers.values() for m in (f.a, f.b))]
-        )
-        return self.session.public.error_bound(len(self.clients), largest) / divisor
-
-    def errors(self, fit_rank: str, travels: Sequence[str]) -> list[tuple[float, float, float]]:
-        """(error, bound, size) of every mean that a client got, against the oracle."""
-        found = []
-        for client in self.received:
-            for name, factors in client.layers.items():
-                for factor in travels:
-                    expected = mean_factor(self.clients, self.samples, name, factor, fit_rank)
-                    rows = factors.a if factor == "a" else factors.b.T
-                    for k in range(client.rank):
-                        found.append((_gap(rows[k], expected[k]), self.bound(k), float(np.abs(expected).max())))
-            for name, head in client.heads.items():
-                expected = mean_head(self.clients, self.samples, name)
-                found.append((_gap(head, expected), self.bound(), float(np.abs(expected).max())))
-        return found
-
-
-def _gap(found: Matrix, expected: Matrix) -> float:
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max())
 
 
 def product(adapter: Adapter, layer: str) -> Matrix:
@@ -145,14 +63,19 @@ def test_every_method_file_is_defined_here_and_every_definition_has_a_file() -> 
     assert set(FILES) == set(METHODS)
 
 
-def test_every_other_method_file_sums_products() -> None:
-    assert {name for name, rule in RULES.items() if rule == "product"} == PRODUCTS
-    assert set(FILES) | PRODUCTS == set(RULES)
+def test_every_other_method_file_sums_or_stacks_products() -> None:
+    assert {name: rule for name, rule in RULES.items() if rule != "separate"} == OTHERS
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_every_definition_is_weighted_and_fitted_as_its_file_says(method: str) -> None:
+    settings = compose(CONF, [f"method={method}"]).method
+    assert (settings.weighting, settings.fit_rank) == (METHODS[method].weights, METHODS[method].fit_rank)
 
 
 @pytest.mark.parametrize("absent", [0, 74], ids=["all reply", "one asked does not reply"])
 @ROUNDS
-@EVERY
+@SHARING
 def test_method_is_its_formula_in_float64(method: str, round_: int, absent: int) -> None:
     definition = METHODS[method]
     run = Round([f"method={method}", *IN_FLOAT64], round_, absent=absent)
@@ -162,7 +85,7 @@ def test_method_is_its_formula_in_float64(method: str, round_: int, absent: int)
 
 @pytest.mark.parametrize("absent", [0, 74], ids=["all reply", "one asked does not reply"])
 @ROUNDS
-@EVERY
+@SHARING
 def test_method_is_its_formula_under_its_own_encryption_within_the_computed_bound(
     method: str, round_: int, absent: int
 ) -> None:
@@ -185,18 +108,18 @@ def test_only_the_defined_factors_travel_and_the_others_stay_the_clients_own(met
             for factor in ("a", "b"):
                 same = np.array_equal(getattr(factors, factor), getattr(sent.layers[name], factor))
                 assert same == (factor not in travels)
-        assert all((head != sent.heads[name]).any() for name, head in got.heads.items())  # in every round
+        # heads in every round, unless nothing is shared
+        assert all((head != sent.heads[name]).any() == bool(travels) for name, head in got.heads.items())
 
 
-@ROUNDS
-@EVERY
+@pytest.mark.parametrize(("method", "round_"), [(m, r) for m in FILES for r in (0, 1) if (m, r) != ("maskcrypt", 1)])
 def test_what_travels_is_encrypted_whole_or_not_at_all(method: str, round_: int) -> None:
     definition = METHODS[method]
     run = Round([f"method={method}"], round_)
     assert run.session.public.encrypts == definition.encrypted
     per_component = sum({"a": x.n, "b": x.m}[f] for x in LAYERS for f in definition.travels[round_])
     for client, message in zip(run.clients, run.messages, strict=True):
-        values = 21 + client.rank * per_component
+        values = 21 + client.rank * per_component if definition.travels[round_] else 0
         if definition.encrypted:
             assert message.clear == b""
             tiers = [0, *(t for t in run.plan.tiers if t <= client.rank)]
@@ -210,7 +133,7 @@ def test_what_travels_is_encrypted_whole_or_not_at_all(method: str, round_: int)
 
 
 @ROUNDS
-@EVERY
+@SHARING
 def test_clients_of_every_rank_end_with_the_same_components(method: str, round_: int) -> None:
     """A lower rank holds the first components of a higher one, bit by bit, so that the next round starts equal."""
     run = Round([f"method={method}"], round_)
@@ -248,7 +171,7 @@ def test_sealed_components_are_the_mean_updates_of_the_clients_that_have_them(
             for k in range(got.rank):
                 found = factors.scale * np.outer(factors.b[:, k], factors.a[k])
                 expected = mean_component_update(run.clients, run.samples, name, k)
-                assert _gap(found, expected) <= tolerance(run, name, shared, [k])
+                assert gap(found, expected) <= tolerance(run, name, shared, [k])
 
 
 @SEALED_CRYPTO
@@ -257,8 +180,8 @@ def test_sealed_with_equal_ranks_is_exactly_the_true_update(round_: int, crypto:
     run = Round(["method=sealed", *crypto], round_, ranks=(8, 8, 8, 8))
     for got in run.received:
         for layer in LAYERS:
-            gap = _gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
-            assert gap <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
+            error = gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
+            assert error <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
 
 
 @SEALED_CRYPTO
@@ -270,8 +193,8 @@ def test_sealed_with_padding_is_exactly_the_true_update_at_unequal_ranks_too(
     for layer in LAYERS:
         expected = true_update(run.clients, run.samples, layer.name)
         found = product(run.received[-1], layer.name)  # of rank 8; lower ranks hold its first components
-        assert _gap(found, expected) <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
-        assert _gap(product(run.received[0], layer.name), expected) > 1e-3
+        assert gap(found, expected) <= tolerance(run, layer.name, "a" if round_ == 0 else "b", range(8))
+        assert gap(product(run.received[0], layer.name), expected) > 1e-3
 
 
 @ROUNDS
@@ -280,7 +203,7 @@ def test_sealed_nested_at_unequal_ranks_is_another_mean_than_the_true_update(rou
     run = Round(["method=sealed", *IN_FLOAT64], round_)
     for layer in LAYERS:
         expected = true_update(run.clients, run.samples, layer.name)
-        assert _gap(product(run.received[-1], layer.name), expected) > 1e-3
+        assert gap(product(run.received[-1], layer.name), expected) > 1e-3
 
 
 @SEALED_CRYPTO
@@ -290,8 +213,8 @@ def test_b_only_sends_b_in_every_round_and_is_exactly_the_true_update(round_: in
     assert run.plan.factors(round_) == ("b",)
     for got in run.received:
         for layer in LAYERS:
-            gap = _gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
-            assert gap <= tolerance(run, layer.name, "a", range(4))
+            error = gap(product(got, layer.name), true_update(run.clients, run.samples, layer.name))
+            assert error <= tolerance(run, layer.name, "a", range(4))
 
 
 @SEALED_CRYPTO
@@ -315,7 +238,7 @@ def test_sealed_rounds_in_a_row_share_what_the_round_before_gave(crypto: tuple[s
                 for k in range(got.rank):
                     found = factors.scale * np.outer(factors.b[:, k], factors.a[k])
                     expected = mean_component_update(trained, run.samples, name, k)
-                    assert _gap(found, expected) <= tolerance(run, name, "b" if round_ == 1 else "a", [k])
+                    assert gap(found, expected) <= tolerance(run, name, "b" if round_ == 1 else "a", [k])
 
 
 # --------------------------------------------------------------------- both factors apart: not the mean of the updates
@@ -329,7 +252,7 @@ def test_averaging_both_factors_apart_is_not_the_true_update(method: str, ranks:
         run = Round(overrides, 0, ranks=ranks)
         for layer in LAYERS:
             expected = true_update(run.clients, run.samples, layer.name)
-            deviation = _gap(product(run.received[-1], layer.name), expected)
+            deviation = gap(product(run.received[-1], layer.name), expected)
             assert deviation > 1e-3
             assert deviation > 0.1 * np.abs(expected).max()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ciphertune.errors import FormatError
 from ciphertune.plan import HeadShape, LayerShape, Plan
 from ciphertune.ranks import Contributor, divisors, to_mean
-from ciphertune.split import split
+from ciphertune.split import pack
 from tests.oracle import adapter_of, mean_factor, mean_head, plan_of
 
 # ranks 2, 4 and 8 with 10, 30 and 60 of 100 samples
@@ -76,9 +76,9 @@ def test_mean_of_weighted_sums_is_the_oracles(
     clients = [adapter_of(plan, rank, seed + i) for i, (rank, _) in enumerate(people)]
     samples = [n for _, n in people]
     total = sum(samples) + absent
-    packed = np.zeros(np.concatenate(split(max(clients, key=lambda c: c.rank), plan, factors).secret).size)
+    packed = np.zeros(pack(max(clients, key=lambda c: c.rank), plan, factors).size)
     for client, n in zip(clients, samples, strict=True):
-        values = np.concatenate(split(client, plan, factors).secret)
+        values = pack(client, plan, factors)
         packed[: values.size] += values * (n / total)
     mean = to_mean(packed, plan, factors, [Contributor(r, n) for r, n in people], total)
     expected = [mean_head(clients, samples, h.name).ravel() for h in plan.heads]

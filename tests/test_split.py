@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import PlanMismatchError
 from ciphertune.plan import HeadShape, LayerShape, Plan
-from ciphertune.split import Parts, component_size, counts, head_size, join, keep_own, split
+from ciphertune.split import component_size, head_size, join, keep_own, pack, segments
 from tests.oracle import adapter_of, blank, plan_of
 
 FACTORS = st.sampled_from([("a",), ("b",), ("a", "b")])
@@ -31,12 +31,6 @@ def plans(draw: st.DrawFn) -> Plan:
     )
 
 
-def packed(parts: Parts) -> np.ndarray:
-    """The part that is not empty, its segments in a row."""
-    assert parts.clear == () or parts.secret == ()
-    return np.concatenate([*parts.clear, *parts.secret])
-
-
 def assert_same(one: Adapter, two: Adapter, factors: tuple[str, ...] = ("a", "b")) -> None:
     assert one.layers.keys() == two.layers.keys()
     for name, layer in one.layers.items():
@@ -49,31 +43,39 @@ def assert_same(one: Adapter, two: Adapter, factors: tuple[str, ...] = ("a", "b"
 
 @given(plan=plans(), rank=st.integers(1, 5), factors=FACTORS, seed=st.integers(0, 99))
 @settings(max_examples=200, deadline=None, derandomize=True)
-def test_join_of_split_is_the_adapter(plan: Plan, rank: int, factors: tuple[str, ...], seed: int) -> None:
+def test_join_of_pack_is_the_adapter(plan: Plan, rank: int, factors: tuple[str, ...], seed: int) -> None:
     adapter = adapter_of(plan, rank, seed)
-    parts = split(adapter, plan, factors)
-    back = join(packed(parts), plan, factors, blank(adapter))
+    values = pack(adapter, plan, factors)
+    back = join(values, plan, factors, blank(adapter))
     assert_same(back, adapter, factors)
     for factor in {"a", "b"} - set(factors):  # what does not travel stays the base's
         assert all((getattr(f, factor) == 7).all() for f in back.layers.values())
-    assert np.array_equal(packed(split(back, plan, factors)), packed(parts))
+    assert np.array_equal(pack(back, plan, factors), values)
 
 
-@given(plan=plans(), rank=st.integers(1, 5), factors=FACTORS)
+@given(plan=plans(), rank=st.integers(1, 5), factors=FACTORS, tiers=st.sets(st.integers(1, 5), max_size=4).map(sorted))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_select_decides_which_part_is_filled_and_counts_say_how_long(
-    plan: Plan, rank: int, factors: tuple[str, ...]
+def test_segments_say_how_long_the_vector_is_and_where_each_tier_ends(
+    plan: Plan, rank: int, factors: tuple[str, ...], tiers: list[int]
 ) -> None:
-    parts = split(adapter_of(plan, rank, 0), plan, factors)
+    plan = replace(plan, tiers=tuple(sorted({*tiers, rank})))
+    values = pack(adapter_of(plan, rank, 0), plan, factors)
     heads = sum(int(np.prod(h.shape)) for h in plan.heads)
     component = sum({"a": x.n, "b": x.m}[f] for x in plan.layers for f in factors)
-    size = heads + rank * component
-    filled, empty = (parts.clear, parts.secret) if plan.select == "none" else (parts.secret, parts.clear)
-    assert empty == () and sum(x.size for x in filled) == size
+    assert values.size == heads + rank * component and values.dtype == np.float64
     assert (head_size(plan), component_size(plan, factors)) == (heads, component)
-    found = counts(plan, factors, rank)
-    assert found == (tuple(x.size for x in parts.clear), tuple(x.size for x in parts.secret))
-    assert {x.dtype for x in filled} == {np.dtype(np.float64)}
+    ends = np.cumsum(segments(plan, factors, rank))
+    assert ends.tolist() == [heads + t * component for t in plan.tiers if t <= rank]
+
+
+@given(plan=plans(), rank=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_where_nothing_is_shared_nothing_travels_and_the_base_stays(plan: Plan, rank: int, seed: int) -> None:
+    plan = replace(plan, share="none")
+    adapter = adapter_of(plan, rank, seed)
+    assert plan.factors(0) == plan.factors(1) == () and head_size(plan) == 0
+    assert pack(adapter, plan, ()).size == 0 and sum(segments(plan, (), rank)) == 0
+    assert_same(join(np.zeros(0), plan, (), adapter), adapter)
 
 
 @given(plan=plans(), low=st.integers(1, 4), more=st.integers(0, 4), factors=FACTORS)
@@ -83,7 +85,7 @@ def test_a_lower_ranks_vector_is_a_prefix_of_a_higher_ranks(
 ) -> None:
     high = adapter_of(plan, low + more, 0)
     cut = Adapter({n: LoraFactors(f.a[:low], f.b[:, :low], f.scale) for n, f in high.layers.items()}, high.heads)
-    short, long = packed(split(cut, plan, factors)), packed(split(high, plan, factors))
+    short, long = pack(cut, plan, factors), pack(high, plan, factors)
     assert np.array_equal(short, long[: short.size])
     # and the short one replaces the first components of a base of higher rank, no others
     back = join(short, plan, factors, blank(high))
@@ -103,16 +105,16 @@ def test_order_is_heads_then_component_by_component_over_all_layers() -> None:
     two = LoraFactors(np.array([[7.0, 8], [9, 10]]), np.array([[50.0, 60]]), 2.0)
     adapter = Adapter({"two": two, "one": one}, {"head": np.array([[-1.0, -2], [-3, -4]])})
     head = [-1, -2, -3, -4]
-    assert packed(split(adapter, plan, ("a",))).tolist() == [*head, 1, 2, 3, 7, 8, 4, 5, 6, 9, 10]
-    assert packed(split(adapter, plan, ("b",))).tolist() == [*head, 10, 30, 50, 20, 40, 60]
+    assert pack(adapter, plan, ("a",)).tolist() == [*head, 1, 2, 3, 7, 8, 4, 5, 6, 9, 10]
+    assert pack(adapter, plan, ("b",)).tolist() == [*head, 10, 30, 50, 20, 40, 60]
     both = [*head, 1, 2, 3, 10, 30, 7, 8, 50, 4, 5, 6, 20, 40, 9, 10, 60]
-    assert packed(split(adapter, plan, ("a", "b"))).tolist() == both
+    assert pack(adapter, plan, ("a", "b")).tolist() == both
 
 
 def test_precision_of_the_base_is_kept_and_the_base_is_not_written_to() -> None:
     plan = plan_of()
     adapter, base = adapter_of(plan, 4, 0, np.float32), blank(adapter_of(plan, 4, 0), np.float32)
-    back = join(packed(split(adapter, plan, ("a", "b"))), plan, ("a", "b"), base)
+    back = join(pack(adapter, plan, ("a", "b")), plan, ("a", "b"), base)
     assert_same(back, adapter)
     assert {x.dtype for f in back.layers.values() for x in (f.a, f.b)} == {np.dtype(np.float32)}
     assert {h.dtype for h in back.heads.values()} == {np.dtype(np.float32)}
@@ -123,13 +125,13 @@ def test_precision_of_the_base_is_kept_and_the_base_is_not_written_to() -> None:
     assert all((f.a == 7).all() and (f.b == 7).all() for f in base.layers.values())
 
 
-def test_changing_the_adapter_after_split_does_not_change_what_is_sent() -> None:
+def test_changing_the_adapter_after_packing_does_not_change_what_is_sent() -> None:
     plan = plan_of(heads=(), layers=(LayerShape("only", 3, 4),))
     adapter = adapter_of(plan, 1, 0)
-    parts = split(adapter, plan, ("a",))
-    kept = packed(parts).copy()
+    values = pack(adapter, plan, ("a",))
+    kept = values.copy()
     adapter.layers["only"].a[...] = 0
-    assert np.array_equal(packed(parts), kept) and kept.any()
+    assert np.array_equal(values, kept) and kept.any()
 
 
 def wrong_adapters() -> dict[str, Adapter]:
@@ -155,9 +157,9 @@ def wrong_adapters() -> dict[str, Adapter]:
 @pytest.mark.parametrize("name", wrong_adapters())
 def test_adapter_of_another_shape_than_the_plan_is_refused(name: str) -> None:
     plan, wrong = plan_of(), wrong_adapters()[name]
-    good = packed(split(adapter_of(plan, 4, 0), plan, ("b",)))
+    good = pack(adapter_of(plan, 4, 0), plan, ("b",))
     with pytest.raises(PlanMismatchError):
-        split(wrong, plan, ("b",))
+        pack(wrong, plan, ("b",))
     with pytest.raises(PlanMismatchError):
         join(good, plan, ("b",), wrong)
 
@@ -166,14 +168,14 @@ def test_adapter_of_another_shape_than_the_plan_is_refused(name: str) -> None:
 def test_vector_that_is_no_whole_number_of_components_is_refused(change: int) -> None:
     plan = plan_of()
     base = adapter_of(plan, 4, 0)
-    values = np.zeros(packed(split(base, plan, ("b",))).size + change)
+    values = np.zeros(pack(base, plan, ("b",)).size + change)
     with pytest.raises(PlanMismatchError, match="do not fit an adapter of rank 4"):
         join(values, plan, ("b",), base)
 
 
 def test_vector_of_a_higher_rank_than_the_base_is_refused() -> None:
     plan = plan_of()
-    values = packed(split(adapter_of(plan, 5, 0), plan, ("b",)))
+    values = pack(adapter_of(plan, 5, 0), plan, ("b",))
     with pytest.raises(PlanMismatchError, match="do not fit an adapter of rank 4"):
         join(values, plan, ("b",), adapter_of(plan, 4, 0))
 
@@ -196,13 +198,12 @@ def test_segments_end_at_tiers_and_what_lies_above_the_last_one_reached_does_not
     reached = [t for t in tiers if t <= rank]
     if not reached:
         with pytest.raises(PlanMismatchError, match="below the plan's lowest tier"):
-            split(adapter, plan, ("b",))
+            pack(adapter, plan, ("b",))
         return
-    parts = split(adapter, plan, ("b",))
-    found = parts.clear or parts.secret
     component = sum(x.m for x in plan.layers)
-    ends = [sum(x.size for x in found[: i + 1]) - head_size(plan) for i in range(len(found))]
-    assert ends == [t * component for t in reached]
+    assert pack(adapter, plan, ("b",)).size == head_size(plan) + reached[-1] * component
+    ends = np.cumsum(segments(plan, ("b",), plan.shared(rank))) - head_size(plan)
+    assert ends.tolist() == [t * component for t in reached]
     assert plan.shared(rank) == reached[-1]
 
 

@@ -293,7 +293,9 @@ def test_contributors_samples_that_exceed_the_total_are_refused(backend: str) ->
 def test_total_that_would_blow_the_mean_up_is_refused(backend: str) -> None:
     session, secret = parties(backend)
     data, base = aggregate(session, secret), adapter_of(session.plan, 8, 0)
-    with pytest.raises(RangeError, match="too little for a precise mean"):
+    # of noise that is divided by so little nothing is left; floats are as precise as they are small, and absurd
+    reason = "too little for a precise mean" if backend == "encrypted" else "above crypto.bound"
+    with pytest.raises(RangeError, match=reason):
         exchange.unseal(forge(data, total=2**63), session, secret, round_=ROUND, rank=8, base=base)
 
 

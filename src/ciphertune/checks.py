@@ -38,7 +38,7 @@ RANGES = {
     "method.prune_start": (0.0, 0.999),
     "method.prune_target": (0.0, 0.999),
     "method.prune_from": (0.0, 1e6),
-    "method.prune_until": (0.0, 1e6),
+    "method.prune_until": (1e-3, 1e6),
     "method.clip": (1e-6, 1e6),
     "method.noise_multiplier": (1e-3, 1e4),
     "method.epsilon": (0.0, 1e3),
@@ -140,7 +140,12 @@ def _check_method(settings: Settings) -> None:
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
     _check_pruning(method)
     if method.noise == "gaussian":
-        noise_multiplier(method, settings.federation.rounds)
+        z = noise_multiplier(method, settings.federation.rounds)
+        if 8 * z * method.clip > crypto.bound:  # of a million entries none is that far out
+            raise SettingsError(
+                f"noise of {z:.3g} x method.clip={method.clip:g} would exceed crypto.bound={crypto.bound:g}: "
+                "lower method.clip, raise method.epsilon or the bound"
+            )
     if method.noise != "none" and method.aggregate != "separate":
         raise SettingsError(f"method.noise={method.noise} with method.aggregate={method.aggregate}: want separate")
 

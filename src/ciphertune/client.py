@@ -37,7 +37,7 @@ from ciphertune.progress import Progress, note
 from ciphertune.ranks import norm_weight
 from ciphertune.settings import Settings
 from ciphertune.split import keep_own
-from ciphertune.state import load_state, record, save_state
+from ciphertune.state import count_release, load_state, record, save_state
 from ciphertune.task import Task, Terms, parse_task
 
 _STATE = "state/adapter.safetensors"
@@ -209,19 +209,24 @@ def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, A
 
 
 def _protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) -> Adapter:
-    """What this client sends of what it trained: clipped and noised where the method says so."""
-    method = client.settings.method
+    """What this client sends of what it trained: clipped and noised where the method says so.
+
+    Raises PlanMismatchError when it has sent as many updates as the noise was made for, whatever the server asks.
+    """
+    method, rounds = client.settings.method, client.settings.federation.rounds
     if method.noise == "none":
         return trained
-    plan, z = client.plan(task.terms), noise_multiplier(method, task.rounds)
-    spent = epsilon([z] * (task.round + 1), method.delta)
-    note(
-        client.node.name, f"noise {z:.3g} x clip {method.clip:g}; epsilon at most {spent:.3g} (delta {method.delta:g})"
-    )
+    plan, z = client.plan(task.terms), noise_multiplier(method, rounds)
+    sent = count_release(client.node.folder, client.run)
+    if sent > rounds:
+        raise PlanMismatchError(f"this client has sent {rounds} updates, all that federation.rounds={rounds} allows")
+    text = f"update {sent} of {rounds} with noise {z:.3g} x clip {method.clip:g}"
+    note(client.node.name, f"{text}; epsilon {epsilon([z] * sent, method.delta):.3g} (delta {method.delta:g})")
     return protect(
         trained,
         adapter,
         plan.factors(task.round),
+        plan.shared(adapter.rank),
         clip=method.clip,
         noise_multiplier=z,
         generator=np.random.default_rng(),  # from the operating system: noise that follows from a seed hides nothing
@@ -252,6 +257,8 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
     path = client.node.folder / _STATE
     initial = client.model.read()
     adapter, at = load_state(path, initial, run=client.run)
+    if client.settings.method.fit_rank == "merge" and merging.merged_at(client.node.folder, client.run) < at:
+        adapter, at = initial, -1  # the state without what was merged is worth nothing: ask for everything
     if at < task.base:
         raise PlanMismatchError(f"this node holds the mean of round {at}, the server expects {task.base}")
     if len(task.aggregates) != len(received):
@@ -275,7 +282,7 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
 
 def _enough(message: wire.Message, plan: Plan, minimum: int) -> None:
     """Refuse what an honest server would not have released; a lying one can still name more than there were."""
-    needed = 1 if plan.aggregate == "product" else message.rank
+    needed = message.rank if plan.aggregate == "separate" else 1
     if sum(c.rank >= needed for c in message.contributors) < minimum:
         raise PlanMismatchError(f"the aggregate of round {message.round} has fewer than {minimum} contributors")
 

@@ -50,7 +50,7 @@ def seal(
     """The update of one client, weighted by `samples / total` and encrypted, as bytes for the server.
 
     tier: of the plan's budgets, how much of A this client hides (method.aggregate=product).  guide: what a mask shared
-    by all clients follows from: the last mean, or for select=entries its last change; the same at all of them.
+    by all clients follows from: the last mean, or for select=entries its change since the start; the same at all.
     Raises RangeError for values that are not finite or exceed the session's bound, PlanMismatchError
     for an adapter of another shape.
     """
@@ -105,6 +105,12 @@ def unseal(
             mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
         else:  # half of the smallest weight is zero with the noise of encryption
             least = min(c.samples for c in message.contributors) / message.total / 2
+            noise = session.public.error_bound(len(message.contributors), 1.0)
+            if session.public.encrypts and noise > least * _LARGEST_ERROR:
+                raise RangeError(
+                    f"a contributor of round {round_} has {2 * least:.1e} of the weight that was asked: too little "
+                    "for a precise mean of an entry that it alone kept; use method.prune_mean=all"
+                )
             mean = np.where(weights > least, packed / np.maximum(weights, least), 0.0)
         adapter = join(mean, session.plan, message.factors, base)
     for tensor in (*adapter.heads.values(), *(x for f in adapter.layers.values() for x in (f.a, f.b))):
@@ -153,11 +159,10 @@ def _opened(message: wire.Message, session: wire.Session, secret: SecretPart) ->
         data = message.mask[at : at + masks.size(count)]
         found.append(masks.open_(data, count, _mask_key(secret), _mask_context(session, message.round, tier)))
         at += masks.size(count)
-    keep = np.concatenate(found)
     counted = wire.counts(session.plan, message.kind, message.round, message.rank, message.contributors)[1]
-    if int(keep.sum()) != sum(counted):
+    if [int(bits.sum()) for bits in found[1:]] != [counted[0] - head_size(session.plan), *counted[1:]]:
         raise FormatError("the message's mask leaves another number of entries than the plan")
-    return keep
+    return np.concatenate(found)
 
 
 def _mask_key(secret: SecretPart) -> bytes:

@@ -35,7 +35,7 @@ class Ledger:
             if method.noise != "none"
             else None
         )
-        self._weights: dict[str, float] = {}  # of this round's contributors
+        self._people: dict[str, tuple[float, int]] = {}  # this round's contributors: weight and shared components
         self._epsilon: dict[str, dict[str, float]] = {}
         self._start = time.perf_counter()
         self._base: dict[str, Score] = {}
@@ -66,7 +66,7 @@ class Ledger:
         self._values[0] += clear
         self._values[1] += encrypted
         self._added[round_] += 1
-        self._weights[member.name] = message.contributors[0].samples / message.total
+        self._people[member.name] = message.contributors[0].samples / message.total, message.rank
         self._add(self._up, round_, member, size_)
         if round_ == 0 and report.score:
             self._base[member.name] = report.score
@@ -87,6 +87,12 @@ class Ledger:
             train_loss=report.train_loss,
         )
 
+    def arrived(self, member: Member) -> None:
+        """An update came, usable or not: where it has noise, this is what its sender gave away."""
+        if self._spent:
+            self._spent.arrived(member.name)
+            self._members[member.name] = member
+
     def stages(self, round_: int, member: Member, spent: Mapping[str, float]) -> None:
         """The seconds a client says it spent, per stage."""
         for stage, seconds in spent.items():
@@ -101,11 +107,12 @@ class Ledger:
     def close_round(self, round_: int, before: Score | None, seconds: float) -> None:
         """A round is over. before: the mean of what the clients measured before they trained in it."""
         if self._spent:
-            self._epsilon = self._spent.round(self._weights)
+            self._spent.released(self._people)
+            self._epsilon = self._spent.report()
             for name, views in self._epsilon.items():
                 found = {f"epsilon_{view}": value for view, value in views.items()}
                 self._folder.line(round_, "privacy", name, **found, delta=self._settings.method.delta)
-            self._weights = {}
+            self._people = {}
         self._before[round_] = before
         self._round_seconds.append(seconds)
         self._folder.line(
@@ -140,6 +147,7 @@ class Ledger:
 
     def finish(self, status: str, reason: str = "") -> dict[str, Any]:
         """Write and return the summary. Its means are over the clients that have every one of the figures."""
+        self._epsilon = self._spent.report() if self._spent else {}
         columns = [c for c in (self._base, self.local, self.federated) if c]
         common = sorted(set.intersection(*(set(c) for c in columns))) if columns else []
         base, local, federated = (

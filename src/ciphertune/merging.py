@@ -26,6 +26,11 @@ def merged(folder: Path, run: int) -> Weights:
     return _read(_file(folder, run))[0]
 
 
+def merged_at(folder: Path, run: int) -> int:
+    """The last round in the sum, -1 for none."""
+    return _read(_file(folder, run))[1]
+
+
 def merge(folder: Path, run: int, round_: int, adapter: Adapter) -> None:
     """Add the update of a round to the sum, once."""
     total, at = _read(_file(folder, run))

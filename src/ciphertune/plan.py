@@ -103,7 +103,7 @@ class Plan:
         first, last, begin, end = self.schedule
         if self.prune == "none" or round_ < begin:
             return 0.0
-        return first + (last - first) * min(1.0, max(0.0, (round_ - begin) / (end - begin)))
+        return min(last, first + (last - first) * min(1.0, max(0.0, (round_ - begin) / (end - begin))))
 
     def left_out(self, round_: int) -> float:
         """The share of entries that a mask which all clients share takes out of what is encrypted in a round.

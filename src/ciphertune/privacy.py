@@ -2,13 +2,15 @@
 
 Each client protects its whole update by itself, before it leaves (Gaussian mechanism, Dwork and Roth 2014, appendix A;
 client-level clipping after McMahan et al., arXiv 1710.06963). The guarantee is per client: replacing all of its data by
-nothing changes what it sends by at most the clipping norm. Epsilon comes from dp-accounting's Renyi accountant
-(arXiv 1702.07476). Noise is added in floating point, whose known leak (Mironov 2012) is not closed.
+nothing changes its update by at most the clipping norm; its scores, sample counts and times are not covered. Epsilon
+comes from dp-accounting's Renyi accountant (arXiv 1702.07476). Noise is added in floating point, whose known leak
+(Mironov 2012) is not closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,30 +29,28 @@ def protect(
     update: Adapter,
     base: Adapter,
     factors: tuple[Factor, ...],
+    shared: int,
     *,
     clip: float,
     noise_multiplier: float,
     generator: np.random.Generator,
 ) -> Adapter:
-    """`base` plus what the update changed in the factors that travel and the heads, clipped and noised.
+    """`base` plus what the update changed in the heads and the first `shared` components of the factors that travel,
+    clipped and noised; the rest as the base has it.
 
     clip: largest L2 norm of the whole change.  noise: per entry, of standard deviation ``noise_multiplier * clip``.
     """
-    names = [(name, f) for name in update.layers for f in factors]
-    changes = [_of(update, *at) - _of(base, *at) for at in names] + [
-        update.heads[h] - base.heads[h] for h in base.heads
-    ]
+    places = [(name, f) for name in update.layers for f in factors]
+    changes = [_shared(update, *at, shared) - _shared(base, *at, shared) for at in places]
+    changes += [update.heads[h] - base.heads[h] for h in base.heads]
     norm = float(np.sqrt(sum(float(np.square(c, dtype=np.float64).sum()) for c in changes)))
     shrink = min(1.0, clip / norm) if norm else 1.0
     noisy = [c * shrink + generator.normal(0.0, noise_multiplier * clip, c.shape) for c in changes]
-    found = dict(zip([*names, *base.heads], noisy, strict=True))
-    layers = {}
-    for name, old in base.layers.items():
-        new = {f: getattr(old, f) for f in ("a", "b")}
-        for f in factors:
-            new[f] = (new[f] + found[name, f]).astype(new[f].dtype)
-        layers[name] = LoraFactors(new["a"], new["b"], old.scale)
-    return Adapter(layers, {h: (v + found[h]).astype(v.dtype) for h, v in base.heads.items()})
+    layers = {n: LoraFactors(f.a.copy(), f.b.copy(), f.scale) for n, f in base.layers.items()}
+    for (name, f), change in zip(places, noisy, strict=False):
+        _shared(Adapter(layers, {}), name, f, shared)[...] = _shared(base, name, f, shared) + change
+    heads = zip(base.heads.items(), noisy[len(places) :], strict=True)
+    return Adapter(layers, {h: (v + change).astype(v.dtype) for (h, v), change in heads})
 
 
 def epsilon(multipliers: Sequence[float], delta: float) -> float:
@@ -69,9 +69,9 @@ def noise_multiplier(method: MethodSettings, rounds: int) -> float:
 
     Raises SettingsError when the target cannot be reached with noise of up to 10,000 times the clipping norm.
     """
+    accounting, rdp = _library()  # missing, it is found before anything is started
     if not method.epsilon:
         return method.noise_multiplier
-    accounting, rdp = _library()
 
     def releases(z: float) -> Any:
         return accounting.SelfComposedDpEvent(accounting.GaussianDpEvent(z), rounds)
@@ -88,8 +88,8 @@ def noise_multiplier(method: MethodSettings, rounds: int) -> float:
 class Spent:
     """What each client's updates have given away so far, to the server and to another client.
 
-    The server reads every update, with the client's own noise alone. Another client sees the mean: there the noise of
-    all contributors but itself adds up, and the client's part is scaled by its weight.
+    The server reads every update that reaches it, with the client's own noise alone. Another client sees means: there
+    the noise of all contributors but itself adds up, and the client's part is scaled by its weight.
     """
 
     multiplier: float
@@ -99,23 +99,36 @@ class Spent:
         self._server: dict[str, list[float]] = {}
         self._client: dict[str, list[float]] = {}
 
-    def round(self, weights: dict[str, float]) -> dict[str, dict[str, float]]:
-        """Count one round with these contributors and weights; returns epsilon per client and view."""
-        squares = {name: w**2 for name, w in weights.items()}
-        for name, weight in weights.items():
-            self._server.setdefault(name, []).append(self.multiplier)
-            others = max(s for n, s in squares.items() if n != name) if len(weights) > 1 else 0.0
-            noise = np.sqrt(sum(squares.values()) - others)  # the worst observer knows the largest noise: its own
-            self._client.setdefault(name, []).append(self.multiplier * float(noise) / weight)
+    def arrived(self, name: str) -> None:
+        """An update reached the server, whether it was used or not."""
+        self._server.setdefault(name, []).append(self.multiplier)
+
+    def released(self, people: Mapping[str, tuple[float, int]]) -> None:
+        """An aggregate of these contributors went out. people: weight and shared components of each.
+
+        A component is the sum of those that have it alone, so the one with the least noise counts.
+        """
+        for name, (weight, rank) in people.items():
+            least = math.inf
+            for component in {r for _, r in people.values() if r <= rank}:
+                squares = {n: w**2 for n, (w, r) in people.items() if r >= component}
+                # the worst observer knows the largest noise: its own
+                own = max((s for n, s in squares.items() if n != name), default=0.0)
+                least = min(least, math.sqrt(max(weight**2, sum(squares.values()) - own)))
+            self._client.setdefault(name, []).append(self.multiplier * least / weight)
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Epsilon per client and view."""
         return {
-            name: {"server": epsilon(zs, self.delta), "client": epsilon(self._client[name], self.delta)}
+            name: {"server": epsilon(zs, self.delta), "client": epsilon(self._client.get(name, []), self.delta)}
             for name, zs in self._server.items()
         }
 
 
-def _of(adapter: Adapter, name: str, factor: Factor) -> npt.NDArray[np.floating]:
-    found: npt.NDArray[np.floating] = getattr(adapter.layers[name], factor)
-    return found
+def _shared(adapter: Adapter, name: str, factor: Factor, shared: int) -> npt.NDArray[np.floating]:
+    """A view of the first components of a factor."""
+    found = adapter.layers[name]
+    return found.a[:shared] if factor == "a" else found.b[:, :shared]
 
 
 def _library() -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ciphertune.adapter import Adapter, FloatArray, LoraFactors
-from ciphertune.errors import FormatError
+from ciphertune.errors import FormatError, RangeError
 from ciphertune.plan import Factor, Plan
 from ciphertune.split import component_size, head_size
 
@@ -68,11 +68,15 @@ def norm_weight(adapter: Adapter) -> int:
     """The weight of a client by the norm of its update, in units of 1e-6 (HetLoRA, arXiv 2401.06432, section 3.2).
 
     The Frobenius norm of all layers' B A together, from the small Gram matrices. At least 1, at most LARGEST_NORM.
+    Heads are weighted by it as well.
+    Raises RangeError for an update that is not finite.
     """
     square = 0.0
     for f in adapter.layers.values():
         a, b = f.a.astype(np.float64), f.b.astype(np.float64)
         square += f.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    if not np.isfinite(square):
+        raise RangeError("the update holds NaN or infinite values: lower training.learning_rate or look at the data")
     return int(min(LARGEST_NORM, max(1, round(1e6 * np.sqrt(max(0.0, square))))))
 
 

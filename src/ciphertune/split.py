@@ -58,7 +58,7 @@ def pack(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Vector:
 
 
 def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
-    """`base` with its heads and the given factors replaced by what `split` packed (all segments in a row).
+    """`base` with its heads and the given factors replaced by what `pack` packed.
 
     Fewer components than the base has replace its first ones. Raises PlanMismatchError.
     """

@@ -22,6 +22,14 @@ def record(path: Path, adapter: Adapter, **metadata: str) -> None:
     write(path, save(tensors, metadata=metadata))
 
 
+def count_release(folder: Path, run: int) -> int:
+    """Count one more update that leaves this node in this run, before it leaves; returns how many it is now."""
+    path = folder / "state" / f"releases-{run:x}"
+    sent = int(path.read_text()) + 1 if path.is_file() else 1
+    write(path, str(sent).encode())
+    return sent
+
+
 def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:
     """The adapter as of the mean of `round_` of `run`."""
     record(path, adapter, run=str(run), round=str(round_))

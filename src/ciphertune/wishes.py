@@ -119,7 +119,8 @@ def tell_coverage(node: NodeSettings, run: int, plan: Plan, share: float, codes:
     coverage, risk = own_coverage(found, hidden, share)
     note(
         node.name,
-        f"encrypts {sum(counts)} of {sum(x.n for x in plan.layers)} columns of A, "
+        f"{'encrypts' if plan.select == 'negotiated' else 'leaves out'} "
+        f"{sum(counts)} of {sum(x.n for x in plan.layers)} columns of A, "
         f"{coverage:.0%} of those it asked for; {risk:.0%} of their sensitivity stays clear",
     )
 
