@@ -2,7 +2,7 @@
 
     python benchmarks/she_lora_accuracy.py --model MINILM --data sst2=FOLDER --data rotten_tomatoes=FOLDER
 
-A folder holds train.jsonl and test.jsonl (text, label 0 or 1). Four clients of ranks 4, 8, 8, 16, Dirichlet 0.3, 12
+A folder holds train.jsonl and test.jsonl (text, label 0 or 1). Four clients of ranks 4, 8, 8, 16, Dirichlet 0.3, 20
 rounds of 8 steps, three seeds, by `ciphertune compare`, which goes on where it was cut off. On the first data set all
 clients then get other budgets, one seed. Writes benchmarks/results/she_lora_accuracy.json and docs/she_lora_budget.svg.
 """
@@ -23,10 +23,8 @@ from ciphertune.versions import versions
 ROOT = Path(__file__).parents[1]
 COMMON = (
     "experiment=sst2_minilm",
-    "federation.rounds=12",
-    "federation.evaluate_every=12",
+    "federation.evaluate_every=20",
     "federation.compare_local=false",
-    "training.learning_rate=5e-4",  # above it FlexLoRA itself ends anywhere between seeds
 )
 RANKS = (4, 8, 8, 16)
 BUDGETS = (0.0, 0.01, 0.25, 1.0)
