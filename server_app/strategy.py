@@ -77,8 +77,8 @@ class EncryptedLora(Strategy):
         for round_ in range(num_rounds):
             self.door.greet_new(grid)
             started = time.perf_counter()
-            if self.table.due(round_, online := self.door.online(grid)):
-                self._negotiate(grid, round_, online, timeout)
+            if self.table.due(round_, self.door.online(grid)):
+                self._negotiate(grid, round_, self.door.wait_for_enough(grid), timeout)
             replies = self.stream(grid, self.configure_train(round_, initial_arrays, nothing, grid), timeout)
             metrics = self.aggregate_train(round_, replies)[1]
             result.train_metrics_clientapp[round_ + 1] = metrics or MetricRecord()
@@ -174,10 +174,10 @@ class EncryptedLora(Strategy):
     def _negotiate(self, grid: Grid, round_: int, online: list[Member], timeout: float) -> None:
         """Ask the clients which columns they want encrypted, and make the plan from their answers."""
         self._chosen = online
-        messages, down = zip(*(self._task(member, "query.wish", round_, 0) for member in online), strict=True)
-        sent = dict(zip((m.name for m in online), down, strict=True))
+        asked = [self._task(member, "query.wish", round_, 0) for member in online]
+        sent = {member.name: size for member, (_, size) in zip(online, asked, strict=True)}
         wishes = []
-        for reply in self.stream(grid, messages, timeout):
+        for reply in self.stream(grid, [message for message, _ in asked], timeout):
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
                 values, _ = open_reply(reply)

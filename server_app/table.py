@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ciphertune.errors import FederationError
+from ciphertune.errors import FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.negotiation import Wish, parse_wish
 from ciphertune.settings import Settings
@@ -47,9 +47,9 @@ class Table:
         self._silent = {m.name for m in asked} - {w.name for w in wishes}
         try:
             found = self._federation.negotiate(wishes)
-        except FederationError as error:
+        except (FederationError, FormatError) as error:
             if not self._federation.session.plan.budgets:
-                raise
+                raise FederationError(str(error)) from None
             say(f"the columns stay as they are: {error}")
             return {}
         mix = dict(zip(("clients", "common", "sensitivity"), found.mix, strict=True))

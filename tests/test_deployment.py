@@ -87,7 +87,8 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
         f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     overrides = [
-        f"method={method}", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl", "data.heldout_fraction=0.3",
+        f"method={method}", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl",
+        "data.heldout_fraction=0.3",
         "federation.rounds=2", "federation.min_clients=2", "federation.clients=[{rank:4},{rank:8}]",
         "federation.compare_local=false", "training.steps=2", "training.batch_size=2", "name=two-labs",
     ]  # fmt: skip

@@ -164,3 +164,38 @@ def test_numbers_that_overflow_are_refused_before_they_are_decomposed(monkeypatc
     monkeypatch.setattr(np.linalg, "svd", svd)
     with np.errstate(over="ignore", invalid="ignore"), pytest.raises(CiphertuneError):
         unsealed(forged, session, secret)
+
+
+def test_heads_that_cancel_each_other_are_refused_when_they_come_and_the_round_goes_on() -> None:
+    """Two clients of one mind: one's encrypted head is minus the other's modulo q, and SEAL refuses their sum."""
+    session, secret = parties("encrypted", negotiated_plan())
+    data = [update(session, secret, sender) for sender in (1, 2, 3)]
+    block = PRODUCT.block_bytes
+    at = [len(one) - 32 - (1 + who.rank) * block for one, who in zip(data, WHO, strict=True)]  # heads, then the rows
+    first = residues(data[1][at[1] : at[1] + block], PRODUCT)
+    q = np.array(shared_secret(PRODUCT).public.moduli, np.uint64)[:, None]
+    minus = body_of((q - first) % q, PRODUCT)
+    data[2] = with_body(data[2], data[2][BODY : at[2]] + minus + data[2][at[2] + block : -32])
+    sum_ = ProductSum(session, 0, TOTAL)
+    sum_.add(data[1], sender=2, who=WHO[1])
+    with pytest.raises(WireError, match="refused to add"):
+        sum_.add(data[2], sender=3, who=WHO[2])
+    sum_.add(data[0], sender=1, who=WHO[0])
+    assert sum_.contributors == 2 and sum_.release(2).kind == wire.AGGREGATE
+
+
+def test_values_that_would_be_encrypted_are_bounded_where_nothing_is() -> None:
+    """The dry run and flexlora: a head of 1e30 is refused at the server, not at every honest client."""
+    session, secret = parties("clear", negotiated_plan())
+    data = update(session, secret, 2)
+    clear, hidden, _ = _sizes(session, WHO[1])
+    values = np.frombuffer(data[BODY + clear : -32], "<f4").copy()
+    assert values.nbytes == hidden
+    values[0] = 1e30
+    forged = with_body(data, data[BODY : BODY + clear] + values.tobytes())
+    with pytest.raises(WireError, match="holds values above"):
+        ProductSum(session, 0, TOTAL).add(forged, sender=2, who=WHO[1])
+
+
+def _sizes(session: Session, who: Contributor) -> tuple[int, int, int]:
+    return (*wire.sizes(session, wire.UPDATE, ("a", "b"), who.rank, (who,)), 0)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciphertune.errors import FederationError, FormatError
-from ciphertune.negotiation import Negotiated, Wish, most_sensitive, negotiate, own_coverage, parse_wish
+from ciphertune.negotiation import Negotiated, Wish, negotiate, own_coverage, parse_wish
 from ciphertune.plan import LayerShape, Plan, column_count
+from ciphertune.sensitivity import top
 
 # ------------------------------------------------------------------------------------------------------- the oracle
 
@@ -243,7 +244,7 @@ def test_real_sizes_take_seconds(layers: int, budgets: list[float]) -> None:
     rng = np.random.default_rng(1)
     tastes = [rng.random(3200) for _ in range(layers)]
     wishes = [
-        Wish(str(i), b, tuple(most_sensitive(x + 0.3 * rng.random(3200), b) for x in tastes))
+        Wish(str(i), b, tuple(top(x + 0.3 * rng.random(3200), column_count(3200, b)) for x in tastes))
         for i, b in enumerate(budgets)
     ]
     start = time.perf_counter()
@@ -324,12 +325,6 @@ def test_any_json_is_a_wish_or_a_format_error(budget: object, values: object) ->
 
 
 # -------------------------------------------------------------------------------------------------- a client's own view
-
-
-def test_most_sensitive_columns_come_first_and_ties_by_number() -> None:
-    assert most_sensitive(np.array([1.0, 5.0, 3.0, 5.0, 0.0]), 0.6).tolist() == [1, 3, 2]
-    assert most_sensitive(np.array([1.0, 5.0]), 0.0).tolist() == []
-    assert most_sensitive(np.zeros(3), 1.0).tolist() == [0, 1, 2]
 
 
 def test_own_coverage_by_hand() -> None:

@@ -23,7 +23,7 @@ from ciphertune.errors import (
     RoundMismatchError,
 )
 from ciphertune.plan import LayerShape
-from ciphertune.product import ProductSum, by_code, reach, shared_basis
+from ciphertune.product import ProductSum, by_code, reach, shared_basis, turned
 from ciphertune.ranks import reparameterise
 from ciphertune.settings import ckks_params
 from tests.oracle import Matrix, shared_secret
@@ -67,7 +67,7 @@ def test_basis_is_orthonormal_and_its_product_is_the_sum_of_products(stack: tupl
     left, right = stack
     m, total = left[0].shape[0], sum(b.shape[1] for b in left)
     rank = min(m, total)  # fewer than the sum of ranks where m is smaller
-    q, c, product, lost = shared_basis(left, right, rank)
+    q, c, product, lost = shared_basis(left, right, rank, [1.0] * len(left))
     assert (q.shape, c.shape, product.shape) == ((m, rank), (rank, total), (rank, right[0].shape[1]))
     assert_close(q.T @ q, np.eye(rank), 1.0, 1e-12)
     stacked = np.concatenate(left, axis=1)
@@ -80,7 +80,7 @@ def test_basis_is_orthonormal_and_its_product_is_the_sum_of_products(stack: tupl
 def test_basis_is_exact_relative_to_the_sum_itself() -> None:
     rng = np.random.default_rng(0)
     left, right = [rng.normal(size=(50, r)) for r in (8, 16)], [rng.normal(size=(r, 70)) for r in (8, 16)]
-    q, _, product, _ = shared_basis(left, right, 24)
+    q, _, product, _ = shared_basis(left, right, 24, [1.0] * len(left))
     assert gap(q @ product, dense(left, right)) < 1e-12
 
 
@@ -91,7 +91,7 @@ def test_capped_basis_is_the_best_of_its_rank_and_its_loss_is_the_true_error(
 ) -> None:
     left, right = stack
     rank = min(rank, left[0].shape[0], sum(b.shape[1] for b in left))
-    q, c, product, lost = shared_basis(left, right, rank)
+    q, c, product, lost = shared_basis(left, right, rank, [1.0] * len(left))
     truth = dense(left, right)
     norm, stacked = float(np.linalg.norm(truth)), np.concatenate(left, axis=1)
     assert (q.shape, product.shape) == ((left[0].shape[0], rank), (rank, right[0].shape[1]))
@@ -108,7 +108,7 @@ def test_capped_basis_is_the_truncated_svd_of_the_dense_matrix() -> None:
     left, right = [rng.normal(size=(50, r)) for r in (8, 16)], [rng.normal(size=(r, 70)) for r in (8, 16)]
     truth = dense(left, right)
     for rank in (1, 8, 16, 23):
-        q, _, product, lost = shared_basis(left, right, rank)
+        q, _, product, lost = shared_basis(left, right, rank, [1.0] * len(left))
         assert gap(q @ product, best(truth, rank)) < 1e-9
         assert lost == pytest.approx(np.linalg.norm(truth - best(truth, rank)) / np.linalg.norm(truth), rel=1e-9)
         assert lost > 0.01
@@ -117,18 +117,19 @@ def test_capped_basis_is_the_truncated_svd_of_the_dense_matrix() -> None:
 def test_without_clear_columns_a_capped_basis_follows_the_largest_left_factors() -> None:
     rng = np.random.default_rng(2)
     left, nothing = [rng.normal(size=(30, r)) for r in (4, 8)], [np.zeros((r, 0)) for r in (4, 8)]
-    q, c, product, lost = shared_basis(left, nothing, 12)
+    q, c, product, lost = shared_basis(left, nothing, 12, [1.0] * len(left))
     assert (q.shape, product.shape, lost) == ((30, 12), (12, 0), 0.0)
-    q, c, product, lost = shared_basis(left, nothing, 5)
-    stacked = np.concatenate(left, axis=1)
+    weights = (0.1, 0.9)
+    q, c, product, lost = shared_basis(left, nothing, 5, weights)
+    stacked = np.concatenate([w * b for w, b in zip(weights, left, strict=True)], axis=1)
     assert (q.shape, c.shape, product.shape) == ((30, 5), (5, 12), (5, 0))
-    assert lost is None  # what the cap cost in encrypted columns nobody here can know
-    assert gap(q @ c, best(stacked, 5)) < 1e-9
+    assert gap(q @ c * np.repeat(weights, (4, 8)), best(stacked, 5)) < 1e-9  # the largest as they count in the sum
+    assert lost == pytest.approx(np.linalg.norm(stacked - best(stacked, 5)) / np.linalg.norm(stacked), rel=1e-9)
 
 
 def test_basis_of_zero_factors_is_orthonormal_and_the_product_zero() -> None:
     for rank in (3, 6):
-        q, c, product, lost = shared_basis([np.zeros((9, 6))], [np.ones((6, 4))], rank)
+        q, c, product, lost = shared_basis([np.zeros((9, 6))], [np.ones((6, 4))], rank, [1.0])
         assert_close(q.T @ q, np.eye(rank), 1.0, 1e-12)
         assert not c.any() and not product.any() and not lost
 
@@ -205,7 +206,7 @@ def test_reach_bounds_every_row_of_the_coefficients_in_any_basis_that_is_used(
     left, right = stack
     full = min(left[0].shape[0], sum(b.shape[1] for b in left))
     for rank in {full, max(1, full // 2)}:
-        c = shared_basis(left, right, rank)[1]
+        c = shared_basis(left, right, rank, [1.0] * len(left))[1]
         at = 0
         for b in left:
             own = c[:, at : at + b.shape[1]]
@@ -215,7 +216,7 @@ def test_reach_bounds_every_row_of_the_coefficients_in_any_basis_that_is_used(
 
 def test_reach_is_attained_and_grows_with_the_factor() -> None:
     b = np.full((6, 4), 0.5)  # one singular value, sqrt(6) = 0.5 sqrt(24), and equal coefficients: the worst case
-    c = shared_basis([b], [np.ones((4, 3))], 4)[1]
+    c = shared_basis([b], [np.ones((4, 3))], 4, [1.0])[1]
     assert np.abs(c).sum(axis=1).max() == pytest.approx(reach(b), rel=1e-12) == pytest.approx(4 * 0.5 * 6**0.5)
     assert reach(3 * b) == pytest.approx(3 * reach(b)) and reach(np.zeros((6, 4))) == 0.0
     assert reach(np.zeros((6, 0))) == 0.0
@@ -398,17 +399,31 @@ def test_a_client_whose_budget_the_plan_lacks_refuses_to_hide_less() -> None:
         wishes.agreed_tier(replace(run.plan, budgets=(), columns=()), 0.0)
 
 
-@pytest.mark.parametrize("cut", [False, True], ids=["nothing cut", "cut"])
-def test_no_row_of_an_aggregate_is_one_clients_factor_alone(cut: bool) -> None:
+def test_no_row_of_an_aggregate_is_one_clients_factor_alone() -> None:
     """Of a bare QR decomposition the last rows of M are the last client's A, which all clients could read."""
     rng = np.random.default_rng(5)
     ranks = (8, 8, 16)
-    left = [rng.normal(size=(96, r)) for r in ranks]
+    left = [size * rng.normal(size=(96, r)) for size, r in zip((1, 3, 9), ranks, strict=True)]
     right = [rng.normal(size=(r, 64)) for r in ranks]
-    q, c, m, _ = shared_basis(left, right, 24 if cut else 32)
-    for a, columns in zip(right, np.split(c, np.cumsum(ranks)[:-1], axis=1), strict=True):
-        basis = np.linalg.qr(a.T)[0]
-        outside = np.linalg.norm(m - m @ basis @ basis.T, axis=1) / np.linalg.norm(m, axis=1)
-        assert outside.min() > 0.05  # no row lies in the row space of one client's A
-        assert np.linalg.norm(columns, axis=1).min() > 1e-3  # and every row has something of every client
-    assert np.abs(q.T @ q - np.eye(q.shape[1])).max() < 1e-12
+
+    def shares(c: Matrix) -> Matrix:  # of each client in each row, over its share in all rows
+        energy = np.array([np.square(x).sum(axis=1) for x in np.split(c, np.cumsum(ranks)[:-1], axis=1)])
+        return np.asarray(energy / energy.mean(axis=1, keepdims=True))
+
+    bare = np.linalg.qr(np.concatenate(left, axis=1))[1]
+    assert shares(bare)[:2, -16:].max() < 1e-20
+    q, c, _, _ = shared_basis(left, [np.zeros((r, 0)) for r in ranks], 32, [1.0] * 3)  # every column secret
+    assert shares(c).min() < 0.01  # it follows from the factors: the largest client has rows of its own
+    for a, b in (turned(q, c, c @ np.concatenate(right))[1:] for _ in range(2)):
+        assert shares(a).min() > 0.1 and b.shape == (32, 64)
+
+
+def test_turned_basis_is_another_one_each_time_with_the_same_product() -> None:
+    rng = np.random.default_rng(6)
+    q, c, m, _ = shared_basis([rng.normal(size=(50, 8))], [rng.normal(size=(8, 70))], 8, [1.0])
+    (q1, c1, m1), (q2, _, m2) = turned(q, c, m), turned(q, c, m)
+    for basis, product in ((q1, m1), (q2, m2)):
+        assert_close(basis.T @ basis, np.eye(8), 1.0, 1e-12)
+        assert gap(basis @ product, q @ m) < 1e-12
+    assert gap(q1 @ c1, q @ c) < 1e-12
+    assert gap(q1, q2) > 0.1 and gap(q1, q) > 0.1

@@ -319,6 +319,68 @@ def test_an_own_scale_per_rank_is_honoured(lab: Lab) -> None:
             assert np.abs(scales[node] * got - best(true, rank)).max() < 1e-5 * np.abs(true).max()
 
 
-def test_what_the_rank_cap_cost_is_unknown_where_every_column_is_secret(lab: Lab) -> None:
+def test_what_the_rank_cap_cost_is_told_by_b_where_every_column_is_secret(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = lab(f"{SHE} method.rank_cap=3")
-    assert all(set(r["truncation"].values()) == {None} for r in rounds(run) if r["stage"] == "aggregate")
+    assert all(min(r["truncation"].values()) > 0.001 for r in rounds(run) if r["stage"] == "aggregate")
+    assert "rank cap cut" in said(capsys)
+
+
+def test_negotiation_waits_for_clients_that_are_away(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = labs(lab, 0.2, 0.2)
+    looks = iter([nodes, {}, {}, {}])  # joined, then away when the columns are to be negotiated, then back
+
+    def seen(self: Any) -> Any:
+        return list(next(looks, nodes))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grid.LocalGrid.get_node_ids", seen)
+        run = lab("method=she_lora federation.min_clients=2", nodes=nodes)
+    assert summary(run)["status"] == "completed"
+    assert "only 0 clients are connected" in said(capsys)
+
+
+def test_one_client_does_not_decide_the_size_of_every_aggregate(lab: Lab) -> None:
+    """The default cap follows from twice the rank that enough clients reach, whatever one of them claims."""
+    clients = "federation.clients='[{rank:2},{rank:2},{rank:2},{rank:16}]'"
+    assert plan_of(lab(f"method=she_lora {clients} federation.rounds=1"))["rank_cap"] == 8
+
+
+def test_what_a_negotiation_moved_counts_for_the_client_when_it_trains(lab: Lab) -> None:
+    run = lab(f"{SHE} federation.rounds=4 federation.fraction=0.5 method.renegotiate_every=1")
+    lines, found = rounds(run), summary(run)
+    updates = [r for r in lines if r["stage"] == "update"]
+    assert len(updates) == 8 and found["bytes_up"] == np.mean([r["bytes_up"] for r in updates])
+    talk = sum(r["bytes_up"] + r["bytes_down"] for r in lines if r["stage"] == "negotiation")
+    tasks = sum(r["bytes_down"] for r in updates)
+    assert tasks < found["bytes_down"] * 8 <= tasks + talk  # the rest waits for clients that did not train again
+    assert {p.name for p in (run / "plans").iterdir()} == {f"round_000{k}.json" for k in range(4)}
+
+
+def test_random_scores_do_not_follow_from_what_the_server_knows(lab: Lab, tmp_path: Path) -> None:
+    """A public seed would tell the server which column each code of a random wish is."""
+
+    def asked(name: str) -> list[list[int]]:
+        numbers: list[list[int]] = []
+
+        def kept(found: Any, codes: Any, share: float) -> Any:
+            numbers.append([int(s.argmax()) for s in found])
+            return original(found, codes, share)
+
+        original = wishes.wish
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(wishes, "wish", kept)
+            lab.runs = tmp_path / name
+            lab(f"{SHE} method.first_score=random federation.rounds=1")
+        return numbers
+
+    assert asked("one") != asked("two")  # another key, the same seed, names and rounds
+
+
+def test_clients_evaluate_every_so_many_rounds_and_at_both_ends(lab: Lab) -> None:
+    run = lab("federation.rounds=4 federation.evaluate_every=3")
+    measured = {k: {"loss" in r for r in rounds(run) if r["stage"] == "update" and r["round"] == k} for k in range(4)}
+    assert measured == {0: {True}, 1: {False}, 2: {False}, 3: {True}}
+    found = summary(run)
+    assert found["federated"]["loss"] < found["base"]["loss"]

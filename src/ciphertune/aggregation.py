@@ -46,7 +46,7 @@ class SeparateSum:
         return message
 
     @property
-    def extra(self) -> dict[str, dict[str, float | None]]:
+    def extra(self) -> dict[str, dict[str, float]]:
         """What to write down about the round: sums are exact."""
         return {}
 
@@ -102,6 +102,8 @@ def opened(
     clear = parse(message.clear, session.clear.dtype)
     if clear.size and float(np.abs(clear).max()) > session.bound:
         raise FormatError(f"the clear part holds values above crypto.bound={session.bound:g}")
+    if not session.public.encrypts:  # what would be encrypted can be looked at as well
+        check_weighted(parse(message.secret, session.clear.dtype), session.bound, message)
     return message, clear
 
 
@@ -113,7 +115,7 @@ def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.
     """Raise FormatError unless values that a client weighted are within the bound times its weight."""
     most = bound * message.contributors[0].samples / message.total
     if values.size and float(np.abs(values).max()) > most * (1 + 1e-6):  # rounding to float32
-        raise FormatError(f"the clear part holds values above crypto.bound={bound:g} times the client's weight")
+        raise FormatError(f"the message holds values above crypto.bound={bound:g} times the client's weight")
 
 
 def too_few(round_: int, found: int, minimum: int) -> FederationError:

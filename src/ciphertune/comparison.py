@@ -188,10 +188,9 @@ def _course(lines: Iterable[dict[str, Any]], summary: Mapping[str, Any]) -> list
     for round_ in range(summary["rounds"]):
         updates = sorted((x for x in by_round[round_] if x["stage"] == "update"), key=lambda x: str(x["node"]))
         course.append({"round": round_, "bytes_so_far": spent, **_plain_mean(updates)})
-        answered = {x["node"] for x in updates}
         for line in by_round[round_]:
-            if line["stage"] == "negotiation":  # what it brought down is in the update's figure, if there is one
-                spent += (line["bytes_up"] + line["bytes_down"] * (line["node"] not in answered)) / len(nodes)
+            if line["stage"] == "negotiation":
+                spent += (line["bytes_up"] + line["bytes_down"]) / max(1, len(nodes))
         spent += sum(x["bytes_up"] + x["bytes_down"] for x in updates) / max(1, len(nodes))
     last = _plain_mean([n["federated"] for n in nodes if n["federated"]])
     return [*course, {"round": summary["rounds"], "bytes_so_far": spent, **last}]

@@ -136,7 +136,9 @@ class Federation:
         """
         enough = self.settings.federation.min_contributors
         if self.settings.method.aggregate != "separate" and len(present) >= enough:
-            return tuple(sorted(set(present)))  # every component of everybody is in the one sum
+            # every component of everybody is in the one sum, but one client must not decide what all have to carry
+            reached = sorted(present)[-enough]
+            return tuple(sorted({min(r, 2 * reached) for r in present}))
         tiers = tuple(t for t in sorted(set(present)) if sum(r >= t for r in present) >= enough)
         if not tiers:
             raise FederationError(

@@ -23,6 +23,8 @@ class Ledger:
         self._members: dict[str, Member] = {}
         self._up: dict[int, dict[str, int]] = defaultdict(dict)  # round -> client -> bytes
         self._down: dict[int, dict[str, int]] = defaultdict(dict)
+        self._talk: dict[str, int] = {}  # bytes of negotiations, both ways, until the client trains
+        self._sent: dict[str, int] = {}  # bytes of the last task
         self._asked: dict[int, int] = defaultdict(int)  # round -> clients asked to train, and updates that were usable
         self._added: dict[int, int] = defaultdict(int)
         self._values = [0, 0]  # clear, encrypted
@@ -38,6 +40,7 @@ class Ledger:
         self._people: dict[str, tuple[float, int]] = {}  # this round's contributors: weight and shared components
         self._epsilon: dict[str, dict[str, float]] = {}
         self._start = time.perf_counter()
+        self._cut = 0.0  # what the rank cap cost in the last round, in the layer where it cost most
         self._base: dict[str, Score] = {}
         self.local: dict[str, Score] = {}
         self.federated: dict[str, Score] = {}
@@ -46,17 +49,14 @@ class Ledger:
         """A client was asked to train, with that many bytes of aggregates."""
         self._members[member.name] = member
         self._asked[round_] += 1
-        self._add(self._down, round_, member, size_)
+        # what the negotiation brought, perhaps in a round in which this client did not train, counts from here
+        self._down[round_][member.name] = size_ + self._talk.pop(member.name, 0)
+        self._sent[member.name] = size_
 
     def negotiated(self, round_: int, member: Member, up: int, down: int) -> None:
         """A client was asked which columns it wants encrypted: bytes of its answer and of what it was sent."""
-        self._members[member.name] = member
-        self._add(self._up, round_, member, up)
-        self._add(self._down, round_, member, down)
+        self._talk[member.name] = self._talk.get(member.name, 0) + up + down
         self._folder.line(round_, "negotiation", member.name, bytes_up=up, bytes_down=down)
-
-    def _add(self, sizes: dict[int, dict[str, int]], round_: int, member: Member, size_: int) -> None:
-        sizes[round_][member.name] = sizes[round_].get(member.name, 0) + size_
 
     def update(
         self, round_: int, member: Member, report: Report, message: wire.Message, values: tuple[int, int], size_: int
@@ -67,7 +67,7 @@ class Ledger:
         self._values[1] += encrypted
         self._added[round_] += 1
         self._people[member.name] = message.contributors[0].samples / message.total, message.rank
-        self._add(self._up, round_, member, size_)
+        self._up[round_][member.name] = size_
         if round_ == 0 and report.score:
             self._base[member.name] = report.score
         self.stages(round_, member, report.seconds)
@@ -77,7 +77,7 @@ class Ledger:
             "update",
             member.name,
             bytes_up=size_,
-            bytes_down=self._down[round_][member.name],
+            bytes_down=self._sent[member.name],
             clear_bytes=len(message.clear) if encrypted else payload,
             cipher_bytes=len(message.secret) if encrypted else 0,
             values_clear=clear,
@@ -101,6 +101,7 @@ class Ledger:
 
     def aggregated(self, round_: int, seconds: float, **extra: Any) -> None:
         """The seconds the server took to check and add the updates of a round, and what the rule says of itself."""
+        self._cut = max(extra.get("truncation", {}).values(), default=0.0)
         self._seconds["aggregate"] += seconds
         self._folder.line(round_, "aggregate", "server", seconds=round(seconds, 6), **extra)
 
@@ -130,7 +131,8 @@ class Ledger:
         return (
             f"round {round_ + 1}/{rounds}: {self._added[round_]} of {self._asked[round_]} clients, "
             f"held-out loss before it {show(self._before[round_])}, up {size(up)} down {size(down)} per client, "
-            f"{self.encrypted_fraction:.0%} encrypted, {self._worst()}{seconds:.0f} s left"
+            f"{self.encrypted_fraction:.0%} encrypted, {f'rank cap cut {self._cut:.1%}, ' if self._cut > 1e-4 else ''}"
+            f"{self._worst()}{seconds:.0f} s left"
         )
 
     def _worst(self) -> str:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from ciphertune.errors import FederationError, FormatError
 from ciphertune.plan import column_count
+from ciphertune.sensitivity import top
 
 Ints = npt.NDArray[np.int64]
 
@@ -185,14 +186,6 @@ def _shares(layers: Sequence[_Layer], tiers: Sequence[int]) -> tuple[list[list[F
     return covered, exposed
 
 
-def most_sensitive(scores: npt.NDArray[np.float64], budget: float) -> Ints:
-    """The columns a client asks for in a layer of scores (n,): column_count(n, budget) of them, largest score first.
-
-    Of equal scores the lower column comes first.
-    """
-    return np.argsort(-scores, kind="stable")[: column_count(scores.size, budget)]
-
-
 def own_coverage(
     scores: Sequence[npt.NDArray[np.float64]], hidden: Sequence[Sequence[int]], budget: float
 ) -> tuple[float, float]:
@@ -204,7 +197,7 @@ def own_coverage(
     hits = asked = 0
     clear = total = 0.0
     for score, columns in zip(scores, hidden, strict=True):
-        wanted = most_sensitive(score, budget)
+        wanted = top(score, column_count(score.size, budget))
         inside = np.isin(wanted, np.asarray(columns, np.int64))
         hits, asked = hits + int(inside.sum()), asked + wanted.size
         clear, total = clear + float(score[wanted][~inside].sum()), total + float(score[wanted].sum())

@@ -33,7 +33,6 @@ from ciphertune.split import Vector, head_size
 class _Update:
     who: Contributor
     layers: list[Factors]
-    heads: bytes
     rows: list[bytes]  # one vector of blocks per component
 
 
@@ -42,16 +41,17 @@ class ProductSum:
 
     session: the run.  round_: from 0.  total: samples of all clients asked, the denominator of every weight.
     truncation: after `release`, per layer, what the rank cap cost: the norm of what was cut from the clear part of M
-    over the norm of that part; None where that is zero. What it cost in the encrypted part the server cannot know.
+    over the norm of that part (`shared_basis`). What it cost in the encrypted part the server cannot know.
     """
 
     def __init__(self, session: wire.Session, round_: int, total: int) -> None:
         self._session, self._round, self._total = session, round_, total
         self._updates: dict[int, _Update] = {}
-        self.truncation: dict[str, float | None] = {}
+        self._heads = session.public.aggregator()
+        self.truncation: dict[str, float] = {}
 
     @property
-    def extra(self) -> dict[str, dict[str, float | None]]:
+    def extra(self) -> dict[str, dict[str, float]]:
         """What to write down about the round."""
         return {"truncation": self.truncation} if self.truncation else {}
 
@@ -70,12 +70,10 @@ class ProductSum:
         public.check(message.secret)
         head_bytes = blocks_for(public, head_size(plan)) * public.block_bytes
         row_bytes = blocks_for(public, sum(plan.hidden(who.tier))) * public.block_bytes
-        rows = (
-            []
-            if plan.select == "dropped"
-            else [message.secret[head_bytes + k * row_bytes :][:row_bytes] for k in range(who.rank)]
-        )
-        self._updates[sender] = _Update(who, layers, message.secret[:head_bytes], rows)
+        each = 0 if plan.select == "dropped" else who.rank
+        rows = [message.secret[head_bytes + k * row_bytes :][:row_bytes] for k in range(each)]
+        self._heads.add(message.secret[:head_bytes])
+        self._updates[sender] = _Update(who, layers, rows)
         return message
 
     @property
@@ -100,17 +98,17 @@ class ProductSum:
             here = where.layer == i
             right = [by_code(u.layers[i].right, by_tier[u.who.tier][i], layer.n) for u in updates]
             left, in_clear = [u.layers[i].left for u in updates], [a[:, by_tier[tier][i]] for a in right]
+            weights = [u.who.samples / self._total for u in updates]
             if plan.aggregate == "stack":
                 q, c, m = np.concatenate(left, axis=1), np.eye(basis[i]), np.concatenate(in_clear)
             else:
-                q, c, m, self.truncation[layer.name] = shared_basis(left, in_clear, basis[i])
+                q, c, m, self.truncation[layer.name] = shared_basis(left, in_clear, basis[i], weights)
+            if where.code.size and public.encrypts:  # elsewhere M is clear, and a run can be repeated bit by bit
+                q, c, m = turned(q, c, m)
             coefficients[: basis[i], :, i] = c
             # a client that leaves a hidden column clear has zeros in its ciphertext's place, and its part here
             added[: basis[i], here] = c @ np.concatenate([a[:, where.code[here]] for a in right])
             clear += [np.ravel(q), np.ravel(m)]
-        heads = public.aggregator()
-        for update in updates:
-            heads.add(update.heads)
         rows = public.combine([r for u in updates for r in u.rows], coefficients, where.layer, added)
         return wire.Message(
             kind=wire.AGGREGATE,
@@ -121,7 +119,7 @@ class ProductSum:
             total=self._total,
             contributors=people,
             clear=np.concatenate([np.zeros(0), *clear]).astype(self._session.clear.dtype).tobytes(),
-            secret=heads.result(heads.blocks()) + b"".join(rows),
+            secret=self._heads.result(self._heads.blocks()) + b"".join(rows),
         )
 
 
@@ -133,25 +131,36 @@ def by_code(clear: Vector, codes: Codes, n: int) -> Vector:
 
 
 def shared_basis(
-    left: Sequence[Vector], right: Sequence[Vector], rank: int
-) -> tuple[Vector, Vector, Vector, float | None]:
+    left: Sequence[Vector], right: Sequence[Vector], rank: int, weights: Sequence[float]
+) -> tuple[Vector, Vector, Vector, float]:
     """Q (m, rank), C (rank, sum r_i), M (rank, n) and M's relative error, for ``sum_i left_i right_i = Q M``.
 
-    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear. The basis is turned to the directions that matter
-    most to the clear part, and after them to those of the largest left factors; when `rank` is less than all that Q
-    needs, the last ones are cut. Turned in any case: of a bare QR decomposition C is triangular, and the last rows of M
-    would be the last client's A alone, for every client to read.
+    left: (m, r_i) each.  right: (r_i, n) each, the part in the clear.  weights: of the clients. The basis is turned to
+    the directions that matter most to the clear part, and after them to those of the weighted left factors; when `rank`
+    is less than all that Q needs, the last ones are cut. The error is that of the clear part of M, or where nothing is
+    clear that of the weighted left factors.
     """
     q, c = np.linalg.qr(np.concatenate(left, axis=1))
     m = c @ np.concatenate(right)
-    norm = float(np.linalg.norm(m))
-    tiny = 1e-6 * (norm or 1.0) / (float(np.linalg.norm(c)) or 1.0)
-    u = np.linalg.eigh(m @ m.T + tiny**2 * (c @ c.T))[1][:, ::-1][:, :rank]  # left singular vectors of both together
-    cut = u.T @ m
-    if q.shape[1] <= rank:
-        return q @ u, u.T @ c, cut, 0.0
-    lost = float(np.linalg.norm(m - u @ cut)) / norm if norm else None
-    return q @ u, u.T @ c, cut, lost
+    weighted = c * np.concatenate([np.full(b.shape[1], w) for b, w in zip(left, weights, strict=True)])
+    seen = m if m.any() else weighted
+    tiny = 1e-6 * (float(np.linalg.norm(m)) or 1.0) / (float(np.linalg.norm(weighted)) or 1.0)
+    gram = m @ m.T + tiny**2 * (weighted @ weighted.T)
+    u = np.linalg.eigh(gram)[1][:, ::-1][:, :rank]  # left singular vectors of both together
+    norm = float(np.linalg.norm(seen))
+    lost = float(np.linalg.norm(seen - u @ (u.T @ seen))) / norm if norm and q.shape[1] > rank else 0.0
+    return q @ u, u.T @ c, u.T @ m, lost
+
+
+def turned(q: Vector, c: Vector, m: Vector) -> tuple[Vector, Vector, Vector]:
+    """The same product in a basis drawn at random (Haar measure), from the operating system's randomness.
+
+    All clients get Q and M whole. In a basis that follows from the factors, rows of M could be one client's A: of a
+    bare QR decomposition the last ones are. In a random one Q and M say no more than their product and Q's span.
+    """
+    rotation, r = np.linalg.qr(np.random.default_rng().normal(size=(q.shape[1], q.shape[1])))
+    rotation *= np.sign(np.diag(r))
+    return q @ rotation, rotation.T @ c, rotation.T @ m
 
 
 def reach(left: npt.NDArray[np.floating]) -> float:

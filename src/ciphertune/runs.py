@@ -37,7 +37,10 @@ class ServerFolder:
         shown = ("name", "rank", "samples", "budget") if plan.negotiates else ("name", "rank", "samples")
         people = [{"number": m.number, **{k: getattr(m.hello, k) for k in shown}} for m in members]
         extra = {"negotiation": negotiation} if negotiation else {}
-        write_json(self.path / "plan.json", {"digest": plan.digest().hex(), "members": people, **extra, **asdict(plan)})
+        values = {"digest": plan.digest().hex(), "members": people, **extra, **asdict(plan)}
+        write_json(self.path / "plan.json", values)
+        if negotiation:  # of every negotiation, for the messages that were made under it
+            write_json(self.path / "plans" / f"round_{negotiation['round']:04d}.json", values)
 
     def line(self, round_: int, stage: str, node: str, **values: Any) -> None:
         """One line of rounds.jsonl."""
