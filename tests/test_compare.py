@@ -324,8 +324,8 @@ def test_what_was_negotiated_counts_once(tmp_path: Path, runner: Runner) -> None
     lines[:0] = [sent | {"node": "client-0"}, sent | {"node": "client-1"}]
     lines = [x for x in lines if not (x["round"] == 1 and x["stage"] == "update" and x["node"] == "client-1")]
     path.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    # client-0: 10 and an update of 100 up, 50 down with the negotiation's share; client-1: 10 up, 20 down, no update
-    assert read_run(path.parent)["rounds"][2]["bytes_so_far"] == pytest.approx(100.5 + (160 + 30) / 2)
+    # client-0: 10 up and 20 down, and an update of 100 up and 50 down; client-1: 10 up, 20 down, no update
+    assert read_run(path.parent)["rounds"][2]["bytes_so_far"] == pytest.approx(100.5 + (30 + 150 + 30) / 2)
 
 
 def test_csv_has_a_line_per_row_and_seed(tmp_path: Path, runner: Runner) -> None:

@@ -188,14 +188,10 @@ def test_values_that_would_be_encrypted_are_bounded_where_nothing_is() -> None:
     """The dry run and flexlora: a head of 1e30 is refused at the server, not at every honest client."""
     session, secret = parties("clear", negotiated_plan())
     data = update(session, secret, 2)
-    clear, hidden, _ = _sizes(session, WHO[1])
+    clear, hidden, _ = wire.sizes(session, wire.UPDATE, 0, WHO[1].rank, (WHO[1],))
     values = np.frombuffer(data[BODY + clear : -32], "<f4").copy()
     assert values.nbytes == hidden
     values[0] = 1e30
     forged = with_body(data, data[BODY : BODY + clear] + values.tobytes())
     with pytest.raises(WireError, match="holds values above"):
         ProductSum(session, 0, TOTAL).add(forged, sender=2, who=WHO[1])
-
-
-def _sizes(session: Session, who: Contributor) -> tuple[int, int, int]:
-    return (*wire.sizes(session, wire.UPDATE, ("a", "b"), who.rank, (who,)), 0)
