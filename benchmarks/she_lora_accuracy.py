@@ -67,8 +67,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     at = [str(f"{r['budget']:.0%}") for r in rows]
     series = (
         ("accuracy", [100 * r["accuracy"] for r in rows], "accuracy in %"),
-        ("bytes", [(r["bytes_up"] + r["bytes_down"]) / 1e6 for r in rows], "MB per client and round, both ways"),
-        ("seconds", [r["crypto_seconds"] for r in rows], "seconds of seal, unseal, aggregate"),
+        ("bytes", [(r["bytes_up"] + r["bytes_down"]) / 1e6 for r in rows], "MB per client and round"),
+        ("seconds", [r["crypto_seconds"] for r in rows], "seconds of cryptography, whole run"),
     )
     for axis, (name, values, label) in zip(axes, series, strict=True):
         axis.plot(at, values, marker="o", color="#0072B2")
