@@ -77,6 +77,8 @@ def test_no_module_the_server_loads_exposes_a_type_that_can_hold_a_secret() -> N
     assert "ciphertune.crypto.ckks" in modules and "ciphertune.aggregation" in modules
     for name in (
         "crypto.secret",
+        "crypto.masks",
+        "crypto.indices",
         "crypto.ckks_secret",
         "crypto.clear_secret",
         "crypto.keys",

@@ -294,3 +294,18 @@ def test_row_in_the_clear_that_is_not_finite_is_refused(bad: float) -> None:
             public.check(broken)
         with pytest.raises(FormatError, match=reason):
             public.combine([broken], np.ones((1, 1, 1)), np.zeros(3, int), np.zeros((1, 3)))
+
+
+def test_only_sums_that_hide_nothing_are_left_out_and_any_other_refusal_of_seal_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ciphertune.crypto.ckks import Multiplier
+
+    class Refusing:
+        def add(self, *_: object) -> None:
+            raise RuntimeError("scale mismatch")
+
+    multiplier = Multiplier(shared_secret(PRODUCT).public)
+    monkeypatch.setattr(multiplier, "_evaluator", Refusing())
+    with pytest.raises(RuntimeError, match="scale mismatch"):
+        multiplier._plus(None, None)

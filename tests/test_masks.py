@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciphertune.crypto import masks
+from ciphertune.crypto.base import mask_bytes
 from ciphertune.errors import FormatError
 
 KEY, OTHER_KEY, CONTEXT = bytes(range(64)), bytes(range(1, 65)), b"run 1 round 2 tier 0"
@@ -33,7 +34,7 @@ def test_a_closed_mask_is_aes_siv_of_its_bitmap_as_rfc_5297_has_it() -> None:
 def test_what_is_closed_opens_as_it_was_and_is_as_long_as_announced(entries: int, seed: int, context: bytes) -> None:
     mask = mask_of(entries, seed)
     data = masks.close(mask, KEY, context)
-    assert len(data) == masks.size(entries) == (16 + (entries + 7) // 8 if entries else 0)
+    assert len(data) == mask_bytes(entries) == (16 + (entries + 7) // 8 if entries else 0)
     found = masks.open_(data, entries, KEY, context)
     assert found.dtype == np.bool_ and np.array_equal(found, mask)
 
@@ -79,7 +80,7 @@ def test_another_key_or_context_is_refused() -> None:
 @pytest.mark.parametrize("entries", [0, 96, 105, 2000])
 def test_another_length_is_refused_before_it_is_opened(entries: int) -> None:
     data = masks.close(mask_of(100), KEY, CONTEXT)
-    with pytest.raises(FormatError, match=f"a mask of 29 bytes where {masks.size(entries)} are expected"):
+    with pytest.raises(FormatError, match=f"a mask of 29 bytes where {mask_bytes(entries)} are expected"):
         masks.open_(data, entries, KEY, CONTEXT)
     for cut in (data[:-1], data + b"\0", b""):
         with pytest.raises(FormatError, match="bytes where 29 are expected"):

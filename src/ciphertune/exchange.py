@@ -19,7 +19,7 @@ from ciphertune.columns import (
     split_columns,
 )
 from ciphertune.crypto import masks
-from ciphertune.crypto.base import blocks_for, check_range
+from ciphertune.crypto.base import blocks_for, check_range, mask_bytes
 from ciphertune.crypto.clear import parse
 from ciphertune.crypto.indices import permutation
 from ciphertune.crypto.secret import SecretPart
@@ -156,9 +156,9 @@ def _opened(message: wire.Message, session: wire.Session, secret: SecretPart) ->
         return None
     found, at = [np.ones(head_size(session.plan), bool)], 0
     for tier, count in enumerate(entries):
-        data = message.mask[at : at + masks.size(count)]
+        data = message.mask[at : at + mask_bytes(count)]
         found.append(masks.open_(data, count, _mask_key(secret), _mask_context(session, message.round, tier)))
-        at += masks.size(count)
+        at += mask_bytes(count)
     counted = wire.counts(session.plan, message.kind, message.round, message.rank, message.contributors)[1]
     if [int(bits.sum()) for bits in found[1:]] != [counted[0] - head_size(session.plan), *counted[1:]]:
         raise FormatError("the message's mask leaves another number of entries than the plan")

@@ -30,8 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ciphertune import columns, pruning
-from ciphertune.crypto import masks
-from ciphertune.crypto.base import PublicPart, blocks_for
+from ciphertune.crypto.base import PublicPart, blocks_for, mask_bytes
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.errors import (
     FormatError,
@@ -200,7 +199,7 @@ def sizes(
     return (
         sum(clear) * session.clear.block_bytes,
         blocks * session.public.block_bytes,
-        sum(masks.size(entries) for entries in mask),
+        sum(mask_bytes(entries) for entries in mask),
     )
 
 

@@ -107,7 +107,8 @@ def tell_coverage(node: NodeSettings, run: int, plan: Plan, share: float, codes:
         return
     try:
         found = [s for _, s in sorted(load_file(path).items())]
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError) as error:
+        note(node.name, f"cannot say what it got of what it asked for: {path.name} is unreadable ({error})")
         return
     finally:
         path.unlink(missing_ok=True)

@@ -88,6 +88,11 @@ def blocks_for(public: PublicPart, values: int) -> int:
     return -(-values // public.slots)
 
 
+def mask_bytes(entries: int) -> int:
+    """Bytes of an encrypted mask of that many entries: a bitmap and 16 bytes of AES-SIV; nothing for none."""
+    return 16 + -(-entries // 8) if entries else 0
+
+
 def check_range(values: npt.NDArray[np.floating], bound: float) -> None:
     """Raise RangeError unless every value is finite and at most `bound` in absolute value."""
     if values.size == 0:

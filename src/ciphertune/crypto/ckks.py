@@ -195,7 +195,9 @@ class Multiplier:
         total = seal.Ciphertext()
         try:
             self._evaluator.add(one, two, total)
-        except RuntimeError:  # "result ciphertext is transparent"
+        except RuntimeError as error:
+            if "transparent" not in str(error):
+                raise
             return None
         return total
 

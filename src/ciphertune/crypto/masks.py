@@ -1,7 +1,7 @@
 """Masks that only clients read: a bitmap under deterministic authenticated encryption (AES-SIV, RFC 5297).
 
 Deterministic on purpose: equal masks of one round are equal bytes, so the server can see that its clients agree, and
-nothing else. Two rounds never share the associated data.
+nothing else. Two rounds never share the associated data. Only clients load this file.
 """
 
 from __future__ import annotations
@@ -11,15 +11,10 @@ import numpy.typing as npt
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 
+from ciphertune.crypto.base import mask_bytes
 from ciphertune.errors import FormatError
 
 Mask = npt.NDArray[np.bool_]
-_TAG = 16
-
-
-def size(entries: int) -> int:
-    """Bytes of the mask of that many entries; nothing for none."""
-    return _TAG + -(-entries // 8) if entries else 0
 
 
 def close(mask: Mask, material: bytes, context: bytes) -> bytes:
@@ -29,8 +24,8 @@ def close(mask: Mask, material: bytes, context: bytes) -> bytes:
 
 def open_(data: bytes, entries: int, material: bytes, context: bytes) -> Mask:
     """The inverse of `close`. Raises FormatError for another length, key or context, or changed bytes."""
-    if len(data) != size(entries):
-        raise FormatError(f"a mask of {len(data)} bytes where {size(entries)} are expected")
+    if len(data) != mask_bytes(entries):
+        raise FormatError(f"a mask of {len(data)} bytes where {mask_bytes(entries)} are expected")
     if not entries:
         return np.zeros(0, bool)
     try:
