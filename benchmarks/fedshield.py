@@ -25,9 +25,9 @@ import tenseal as ts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from round import adapter
 
 from ciphertune import wire
-from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
 from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
@@ -47,22 +47,6 @@ REPORTED = 20.2  # ciphertext over plaintext float32, at every rate, as the publ
 SAMPLE = 8  # ciphertexts
 
 
-def adapters(layers: tuple[LayerShape, ...], seed: int) -> Adapter:
-    """Random factors of the size that training gives them."""
-    rng = np.random.default_rng(seed)
-    return Adapter(
-        {
-            x.name: LoraFactors(
-                rng.normal(0, 0.05, (RANK, x.n)).astype(np.float32),
-                rng.normal(0, 0.05, (x.m, RANK)).astype(np.float32),
-                2.0,
-            )
-            for x in layers
-        },
-        {},
-    )
-
-
 def measure(layers: tuple[LayerShape, ...], mask: str, rate: float, part: CkksSecret) -> dict[str, Any]:
     """One round in which the rate is `rate`; mask plaintext: nothing pruned or encrypted."""
     words = ["method=fedavg"]
@@ -75,7 +59,8 @@ def measure(layers: tuple[LayerShape, ...], mask: str, rate: float, part: CkksSe
     if mask == "plaintext":
         secret = ClearSecret(ClearPublic(settings.crypto.precision), settings.crypto.bound)
     link = session(settings, plan, run=1, key_fingerprint=secret.fingerprint)
-    common, clients = adapters(layers, 0), [adapters(layers, k + 1) for k in range(CLIENTS)]
+    rng = np.random.default_rng(0)
+    common, *clients = (adapter(layers, RANK, rng) for _ in range(1 + CLIENTS))
     seconds: dict[str, float] = defaultdict(float)
     total = SeparateSum(link, ROUND, CLIENTS * 100)
     for k, mine in enumerate(clients):

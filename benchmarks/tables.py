@@ -107,7 +107,7 @@ def she_lora_table(found: dict[str, Any]) -> list[str]:
         "",
         "Sizes per client, seconds of the processor. Reported: by the method's authors' code in their own run, wall "
         "time of four server workers, not measured here. Extrapolated: from samples on this machine, the SVD from "
-        "one layer. Cut: of the norm of random factors, whose spectrum is flat; trained ones lose less.",
+        "one layer. Cut: of the norm of random factors, whose spectrum is flat.",
     ]
 
 
