@@ -11,15 +11,17 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.crypto import packed_secret
 from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.crypto.clear_secret import ClearSecret
-from ciphertune.crypto.params import CkksParams
+from ciphertune.crypto.params import CkksParams, PackedParams
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.plan import HeadShape, LayerShape, Plan
 from ciphertune.wire import Session
@@ -345,8 +347,10 @@ def blank(adapter: Adapter, dtype: type = np.float64) -> Adapter:
 
 
 @cache
-def shared_secret(params: CkksParams = SEALED, number: int = 0) -> CkksSecret:
+def shared_secret(params: Any = SEALED, number: int = 0) -> Any:
     """One key per number for the whole test process."""
+    if isinstance(params, PackedParams):
+        return packed_secret.PackedSecret(params, packed_secret.generate_key(params))
     return CkksSecret(params, generate_key(params))
 
 

@@ -17,7 +17,7 @@ from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.plan import HeadShape, LayerShape
 from ciphertune.ranks import Contributor
-from ciphertune.settings import ckks_params, compose
+from ciphertune.settings import ckks_params, compose, packed_params
 from ciphertune.wire import Session
 from tests.oracle import Matrix, adapter_of, cohort, mean_factor, mean_head, shared_secret, truncated
 
@@ -98,7 +98,7 @@ class Round:
         if crypto.backend == "clear":
             secret = ClearSecret(ClearPublic(crypto.precision), crypto.bound)
         else:
-            secret = shared_secret(ckks_params(crypto), key)
+            secret = shared_secret(packed_params(crypto) if crypto.packed else ckks_params(crypto), key)
         return build.session(self.settings, self.plan, run=9, key_fingerprint=secret.fingerprint), secret
 
     def bound(self, k: int | None = None) -> float:

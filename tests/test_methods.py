@@ -147,7 +147,7 @@ def test_clients_of_every_rank_end_with_the_same_components(method: str, round_:
 
 # ------------------------------------------------------------------------------- sealed: the sum of factors is the sum
 
-SEALED_CRYPTO = pytest.mark.parametrize("crypto", [IN_FLOAT64, ()], ids=["float64", "ckks"])
+SEALED_CRYPTO = pytest.mark.parametrize("crypto", [IN_FLOAT64, ()], ids=["float64", "packed"])
 
 
 def tolerance(run: Round, layer: str, shared: str, components: Sequence[int]) -> float:

@@ -44,7 +44,7 @@ def test_every_choice_says_in_its_header_how_to_run_it(choice: str) -> None:
 
 def test_the_default_is_four_clients_of_unequal_rank_with_everything_encrypted() -> None:
     settings = compose(CONF)
-    assert (settings.method.name, settings.method.select, settings.crypto.backend) == ("sealed", "all", "ckks")
+    assert (settings.method.name, settings.method.select, settings.crypto.backend) == ("sealed", "all", "ckks_packed")
     assert [c.rank for c in settings.federation.clients] == [2, 4, 8, 8]
 
 
@@ -73,14 +73,24 @@ def test_the_default_is_four_clients_of_unequal_rank_with_everything_encrypted()
         ("crypto.coefficient_bits=61", ("crypto.coefficient_bits=61", "0 to 60")),
         ("model.scaling=each", ("model.scaling='each'", "common, own")),
         ("federation.min_contributors=9", ("min_contributors=9 exceeds federation.min_clients=4",)),
-        ("crypto.coeff_mod_bits=[54,55]", ("add up to 109", "106", "128-bit")),
-        ("crypto.scale_bits=52", ("could wrap around",)),
+        ("method=full_he crypto=ckks crypto.coeff_mod_bits=[54,55]", ("add up to 109", "106", "128-bit")),
+        ("method=full_he crypto=ckks crypto.scale_bits=52", ("could wrap around",)),
+        (
+            "crypto.scale_bits=52",
+            ("crypto.scale_bits=52 has no effect", "=ckks_packed", "modulus_bits"),
+        ),
+        ("crypto.modulus_bits=61", ("crypto.modulus_bits=61 is out of range",)),
+        ("crypto.poly_modulus_degree=2048 crypto.modulus_bits=54", ("crypto.modulus_bits=54", "24 to 53", "128-bit")),
+        (
+            "crypto.modulus_bits=0 crypto.wanted_error=1e-13",
+            ("crypto.wanted_error=1e-13 cannot", "1000 updates"),
+        ),
         ("name=a/b", ("name='a/b'",)),
         ("'unclosed", ("bad override",)),
     ],
 )
 def test_a_bad_override_gets_one_line_that_names_it(override: str, parts: tuple[str, ...]) -> None:
-    text = line(*([override] if not override.startswith("'") else ["data.path=x", "model.rank=${nosuch}"]))
+    text = line(*(override.split() if not override.startswith("'") else ["data.path=x", "model.rank=${nosuch}"]))
     for part in parts if not override.startswith("'") else ("bad override", "nosuch"):
         assert part in text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ciphertune.crypto.base import PublicPart
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan
-from ciphertune.settings import CryptoSettings, Settings, ckks_params
+from ciphertune.settings import CryptoSettings, Settings, ckks_params, packed_params
 from ciphertune.wire import Session
 
 
@@ -13,6 +13,10 @@ def public_part(crypto: CryptoSettings) -> PublicPart:
     """The public half of the chosen backend."""
     if crypto.backend == "clear":
         return ClearPublic(crypto.precision)
+    if crypto.packed:
+        from ciphertune.crypto.packed import PackedPublic
+
+        return PackedPublic(packed_params(crypto))
     from ciphertune.crypto.ckks import CkksPublic
 
     return CkksPublic(ckks_params(crypto))

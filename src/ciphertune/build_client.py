@@ -7,14 +7,18 @@ from ciphertune.crypto.clear import ClearPublic
 from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.secret import SecretKey, SecretPart
 from ciphertune.node import NodeSettings
-from ciphertune.settings import CryptoSettings, ckks_params
+from ciphertune.settings import CryptoSettings, ckks_params, packed_params
 
 
 def generate_key(crypto: CryptoSettings) -> SecretKey:
     """A fresh key for the chosen backend."""
-    from ciphertune.crypto.ckks_secret import generate_key
+    if crypto.packed:
+        from ciphertune.crypto import packed_secret
 
-    return generate_key(ckks_params(crypto))
+        return packed_secret.generate_key(packed_params(crypto))
+    from ciphertune.crypto import ckks_secret
+
+    return ckks_secret.generate_key(ckks_params(crypto))
 
 
 def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
@@ -24,10 +28,14 @@ def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
     """
     if crypto.backend == "clear":
         return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
-    from ciphertune.crypto.ckks_secret import CkksSecret
-
     if node.simulated and not node.own_key:
         key = keys.load_or_create(node.key_file, lambda: generate_key(crypto))
     else:
         key = keys.load(node.key_file)
+    if crypto.packed:
+        from ciphertune.crypto.packed_secret import PackedSecret
+
+        return PackedSecret(packed_params(crypto), key)
+    from ciphertune.crypto.ckks_secret import CkksSecret
+
     return CkksSecret(ckks_params(crypto), key)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Any
 
 from ciphertune.errors import SettingsError
 from ciphertune.privacy import noise_multiplier
 from ciphertune.sensitivity import SCORES
-from ciphertune.settings import MethodSettings, Settings, ckks_params
+from ciphertune.settings import CryptoSettings, MethodSettings, Settings, ckks_params, packed_params
 
 CHOICES = {
     "method.share": ("both", "alternate", "b_only", "none"),
@@ -28,8 +29,15 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "data.source": ("embedded", "jsonl", "hf"),
     "data.partition": ("none", "iid", "dirichlet", "natural"),
-    "crypto.backend": ("clear", "ckks"),
+    "crypto.backend": ("clear", "ckks", "ckks_packed", "bfv_packed"),
     "crypto.precision": ("float32", "float64"),
+}
+# parameters that a backend reads, besides the bound
+USED = {
+    "clear": (),
+    "ckks": ("poly_modulus_degree", "coeff_mod_bits", "scale_bits", "coefficient_bits"),
+    "ckks_packed": ("poly_modulus_degree", "modulus_bits", "wanted_error", "max_updates"),
+    "bfv_packed": ("poly_modulus_degree", "modulus_bits", "wanted_error", "max_updates", "plain_bits"),
 }
 # inclusive bounds
 RANGES = {
@@ -47,6 +55,10 @@ RANGES = {
     "method.renegotiate_every": (0, 100_000),
     "method.calibration_samples": (1, 1_000_000),
     "crypto.coefficient_bits": (0, 60),
+    "crypto.modulus_bits": (0, 60),
+    "crypto.plain_bits": (0, 60),
+    "crypto.wanted_error": (1e-15, 1.0),
+    "crypto.max_updates": (1, 1_000_000),
     "model.rank": (1, 4096),
     "model.alpha": (1e-6, 1e6),
     "model.dropout": (0.0, 0.9),
@@ -97,8 +109,7 @@ def check(settings: Settings) -> None:
             f"federation.min_contributors={federation.min_contributors} exceeds federation.min_clients="
             f"{federation.min_clients}: no round could be released"
         )
-    if crypto.backend == "ckks":
-        ckks_params(crypto)
+    _check_crypto(crypto)
     _check_method(settings)
     if not settings.model.targets:
         raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
@@ -108,6 +119,22 @@ def check(settings: Settings) -> None:
         raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
     if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:
         raise SettingsError("model.task=classification needs data.labels, e.g. data.labels=[negative,positive]")
+
+
+def _check_crypto(crypto: CryptoSettings) -> None:
+    """Raise SettingsError for parameters that are unsafe, could overflow, or belong to another backend."""
+    default = CryptoSettings()
+    used = ("backend", "bound", "precision", *USED[crypto.backend])
+    for name in (f.name for f in fields(crypto) if f.name not in used):
+        if crypto.backend != "clear" and getattr(crypto, name) != getattr(default, name):
+            raise SettingsError(
+                f"crypto.{name}={getattr(crypto, name)} has no effect with crypto.backend={crypto.backend}, "
+                f"which reads {', '.join(USED[crypto.backend])}"
+            )
+    if crypto.backend == "ckks":
+        ckks_params(crypto)
+    elif crypto.packed:
+        packed_params(crypto)
 
 
 def _check_method(settings: Settings) -> None:
@@ -136,7 +163,7 @@ def _check_method(settings: Settings) -> None:
             "model.scaling=own: factors of clients with unequal scales cannot be averaged apart; use "
             "model.scaling=common, or a method with method.aggregate=product"
         )
-    if method.aggregate == "product" and crypto.backend == "ckks" and not crypto.coefficient_bits:
+    if method.aggregate == "product" and crypto.backend != "clear" and (crypto.packed or not crypto.coefficient_bits):
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
     _check_pruning(method)
     if method.noise == "gaussian":

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from ciphertune.crypto.params import CkksParams
+from ciphertune.crypto.params import CkksParams, PackedParams, smallest_modulus
 from ciphertune.errors import SettingsError
 from ciphertune.plain import build
 
@@ -97,13 +97,22 @@ class DataSettings:
 class CryptoSettings:
     """The backend and its parameters (`conf/crypto/`)."""
 
-    backend: str = "ckks"  # clear | ckks
+    backend: str = "ckks"  # clear | ckks | ckks_packed | bfv_packed
     poly_modulus_degree: int = 4096
     coeff_mod_bits: tuple[int, ...] = (54, 20)
     scale_bits: int = 40
     bound: float = 64.0  # largest absolute value of an update that is accepted
     coefficient_bits: int = 0  # log2 of the scale of plaintext factors; above 0 only where a method multiplies
     precision: str = "float32"  # of what travels in the clear: float32 | float64
+    modulus_bits: int = 40  # packed: of the one prime; 0: the smallest that keeps `wanted_error`
+    wanted_error: float = 1e-4  # packed: largest error of a mean, where modulus_bits is 0
+    max_updates: int = 1000  # packed: most updates in one sum
+    plain_bits: int = 0  # bfv_packed: of the plaintext modulus
+
+    @property
+    def packed(self) -> bool:
+        """Whether the backend is one of the packed ones, which only add."""
+        return self.backend.endswith("_packed")
 
 
 @dataclass(frozen=True)
@@ -221,6 +230,17 @@ def ckks_params(crypto: CryptoSettings) -> CkksParams:
     return CkksParams(
         crypto.poly_modulus_degree, crypto.coeff_mod_bits, crypto.scale_bits, crypto.bound, crypto.coefficient_bits
     )
+
+
+def packed_params(crypto: CryptoSettings) -> PackedParams:
+    """The parameters of a packed backend. Raises SettingsError when they are unsafe, could overflow, or there are none
+    of the wanted precision.
+    """
+    scheme, degree = crypto.backend.removesuffix("_packed"), crypto.poly_modulus_degree
+    bits = crypto.modulus_bits or smallest_modulus(
+        scheme, degree, crypto.bound, crypto.max_updates, crypto.wanted_error, crypto.plain_bits
+    )
+    return PackedParams(scheme, degree, bits, crypto.bound, crypto.max_updates, crypto.plain_bits)
 
 
 def _checked(word: str, conf_dir: Path) -> str:

@@ -188,17 +188,27 @@ def counts(plan: Plan, kind: int, round_: int, rank: int, contributors: Sequence
     return columns.aggregate_counts(plan, contributors)
 
 
+def terms_of(plan: Plan, contributors: Sequence[Contributor], segments: int) -> list[int]:
+    """How many updates each encrypted segment of a message is the sum of: those of the ranks that reach its tier."""
+    if plan.aggregate != "separate":
+        return [1] * segments  # product: combinations, and heads in ciphertexts of which a sum is no longer
+    return [sum(c.rank >= tier for c in contributors) for tier in plan.tiers[:segments]]
+
+
 def sizes(
     session: Session, kind: int, round_: int, rank: int, contributors: Sequence[Contributor]
 ) -> tuple[int, int, int]:
     """Bytes of the clear part, the secret part and the mask of a message; rank: the components in it."""
     plan = session.plan
     clear, secret = counts(plan, kind, round_, rank, contributors)
-    blocks = sum(blocks_for(session.public, entries) for entries in secret)
+    hidden = sum(
+        blocks_for(session.public, entries) * session.public.sum_bytes(terms)
+        for entries, terms in zip(secret, terms_of(plan, contributors, len(secret)), strict=True)
+    )
     mask = pruning.mask_entries(plan, plan.factors(round_), round_, rank) if plan.aggregate == "separate" else ()
     return (
         sum(clear) * session.clear.block_bytes,
-        blocks * session.public.block_bytes,
+        hidden,
         sum(mask_bytes(entries) for entries in mask),
     )
 

@@ -27,7 +27,7 @@ class Aggregator(Protocol):
         """Blocks of the longest vector so far."""
 
     def result(self, blocks: int) -> bytes:
-        """The first `blocks` blocks of the sum, `blocks * public.block_bytes` bytes."""
+        """The first `blocks` blocks of the sum, `public.sum_bytes` each."""
 
 
 class PublicPart(Protocol):
@@ -39,7 +39,10 @@ class PublicPart(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block on the wire, up and down."""
+        """Bytes of one block of an update."""
+
+    def sum_bytes(self, terms: int) -> int:
+        """Bytes of one block of a sum of `terms` updates, or of a combination (terms = 1)."""
 
     @property
     def encrypts(self) -> bool:

@@ -51,6 +51,10 @@ class CkksPublic:
         """See `CkksParams.error_bound`."""
         return self.params.error_bound(contributors, magnitude)
 
+    def sum_bytes(self, terms: int) -> int:
+        """Two polynomials, however many are summed."""
+        return self.block_bytes
+
     def aggregator(self) -> Aggregator:
         """An empty sum."""
         return CkksSum(self)

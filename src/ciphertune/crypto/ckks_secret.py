@@ -59,7 +59,7 @@ class CkksSecret:
             self.public.block(ts.ckks_vector(self._context, chunk)) for chunk in padded.reshape(-1, slots).tolist()
         )
 
-    def decrypt(self, body: bytes, count: int, *, product: bool = False) -> npt.NDArray[np.float64]:
+    def decrypt(self, body: bytes, count: int, *, terms: int = 1, product: bool = False) -> npt.NDArray[np.float64]:
         """The first `count` values. Lengths come from the caller, never from the bytes."""
         out: list[float] = []
         for proto in self.public.protos(body, count, product=product):

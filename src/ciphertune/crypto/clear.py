@@ -63,6 +63,10 @@ class ClearPublic:
 
     largest = math.inf
 
+    def sum_bytes(self, terms: int) -> int:
+        """A value, however many are summed."""
+        return self.block_bytes
+
     def aggregator(self) -> Aggregator:
         """An empty sum."""
         return ClearSum(self.dtype)

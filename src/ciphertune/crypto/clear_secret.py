@@ -26,7 +26,7 @@ class ClearSecret:
         check_range(values, self._bound)
         return values.astype(self.public.dtype).tobytes()
 
-    def decrypt(self, body: bytes, count: int, *, product: bool = False) -> npt.NDArray[np.float64]:
+    def decrypt(self, body: bytes, count: int, *, terms: int = 1, product: bool = False) -> npt.NDArray[np.float64]:
         """The values themselves."""
         values = parse(body, self.public.dtype)
         if values.size != count:

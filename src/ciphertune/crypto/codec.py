@@ -5,6 +5,7 @@ checked. SEAL and TenSEAL only ever parse blobs that were written here:
 
     wire block       c0 mod q_0 .. c0 mod q_L | c1 mod q_0 .. c1 mod q_L     N residues each, ceil(bits / 8) bytes, LE
     SEAL ciphertext  header 16 | parms_id 32 | ntt 1 | polys 8 | N 8 | primes 8 | scale 8 | factor 8 | array
+    seeded           as above with the first polynomial's array | header 16 | generator 1 | seed 64
     SEAL array       header 16 | count 8 | count * 8                         (uncompressed, SEAL 4.1)
     TenSEAL vector   protobuf: 1 sizes (packed varints), 2 ciphertext (bytes), 3 scale (double)
 """
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from ciphertune.crypto.params import SEED_BYTES
 from ciphertune.errors import FormatError
 
 Residues = npt.NDArray[np.uint64]
@@ -28,12 +30,26 @@ Residues = npt.NDArray[np.uint64]
 _SEAL_MAGIC = 0xA15E
 _HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, major, minor, compression, reserved, total size
 _META = struct.Struct("<32sBQQQdQ")
+_BLAKE2XB = 1  # the generator that expands a seed
 
 
 def pack(residues: Residues, widths: Sequence[int]) -> bytes:
     """Residues of shape (polys, primes, N) -> bytes, each cut to its prime's width."""
     raw = np.ascontiguousarray(residues, dtype="<u8").view(np.uint8).reshape(*residues.shape, 8)
     return b"".join(np.ascontiguousarray(p[i, :, :w]).tobytes() for p in raw for i, w in enumerate(widths))
+
+
+def cut(residues: Residues, width: int) -> bytes:
+    """Residues (N,) -> the lowest `width` bytes of each."""
+    raw = np.ascontiguousarray(residues, dtype="<u8").view(np.uint8).reshape(-1, 8)
+    return np.ascontiguousarray(raw[:, :width]).tobytes()
+
+
+def widen(data: npt.NDArray[np.uint8], width: int) -> Residues:
+    """Bytes (rows, n * width) -> residues (rows, n)."""
+    out = np.zeros((len(data), data.shape[1] // width, 8), np.uint8)
+    out[..., :width] = data.reshape(len(data), -1, width)
+    return out.view("<u8")[..., 0]
 
 
 def unpack(block: bytes, moduli: Sequence[int], widths: Sequence[int], degree: int) -> Residues:
@@ -59,11 +75,31 @@ def unpack(block: bytes, moduli: Sequence[int], widths: Sequence[int], degree: i
     return residues
 
 
-def seal_ciphertext(residues: Residues, parms_id: bytes, scale: float) -> bytes:
-    """A SEAL ciphertext blob from residues of shape (2, primes, N) in NTT form."""
+def seal_ciphertext(residues: Residues, parms_id: bytes, scale: float, *, ntt: bool = True) -> bytes:
+    """A SEAL ciphertext blob from residues of shape (2, primes, N)."""
     polys, primes, degree = residues.shape
-    meta = _META.pack(parms_id, 1, polys, degree, primes, scale, 1)
+    meta = _META.pack(parms_id, ntt, polys, degree, primes, scale, 1)
     return with_header(meta + seal_array(residues))
+
+
+def seeded_ciphertext(residues: Residues, seed: bytes, parms_id: bytes, scale: float, ntt: bool) -> bytes:
+    """A SEAL ciphertext blob whose second polynomial is given by the seed that it is expanded from.
+
+    residues: of the first polynomial, (N,), one prime.
+    """
+    meta = _META.pack(parms_id, ntt, 2, residues.size, 1, scale, 1)
+    return with_header(meta + seal_array(residues) + with_header(bytes([_BLAKE2XB]) + seed))
+
+
+def split_seeded(blob: bytes, degree: int) -> tuple[Residues, bytes]:
+    """First polynomial and seed of a seeded ciphertext that this process has just saved; one prime."""
+    body = blob_body(blob)
+    seed = body[-SEED_BYTES:]
+    if len(body) != _META.size + _HEADER.size + 8 + 8 * degree + _HEADER.size + 1 + SEED_BYTES or (
+        body[-SEED_BYTES - 1] != _BLAKE2XB
+    ):
+        raise FormatError("unexpected SEAL blob: this build of TenSEAL is not the pinned one")
+    return np.frombuffer(body, "<u8", degree, _META.size + _HEADER.size + 8), seed
 
 
 def seal_array(residues: Residues) -> bytes:
@@ -122,6 +158,13 @@ class Scratch:
         data = Path(self.path).read_bytes()
         os.ftruncate(self._fd, 0)
         return data
+
+    def load(self, blob: bytes, load: Callable[[str], object]) -> None:
+        """Have `load(path)` read a blob that was written here."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, blob, 0)
+        load(self.path)
+        os.ftruncate(self._fd, 0)
 
     def __del__(self) -> None:
         os.ftruncate(self._fd, 0)

@@ -22,6 +22,9 @@ _NOISE_VARIANCE = 10.75
 # A slot is a signed sum of N such terms: more than 9 standard deviations off with probability below 2^-57 per slot.
 _DEVIATIONS = 9.0
 
+SCHEMES = ("ckks", "bfv")
+SEED_BYTES = 64  # of SEAL's pseudo-random generator
+
 
 @dataclass(frozen=True)
 class CkksParams:
@@ -114,3 +117,140 @@ class CkksParams:
         rounding = math.sqrt(self.poly_modulus_degree / 4) / 2.0**self.coefficient_bits
         spread = math.hypot(coefficients * noise, values * rounding) + noise * rounding
         return _DEVIATIONS * spread + magnitude * 2.0**-46
+
+
+@dataclass(frozen=True)
+class PackedParams:
+    """Parameters of the packed backends: one prime, symmetric encryption, N real values in a ciphertext.
+
+    scheme: ckks (Cheon, Kim, Kim, Song, ASIACRYPT 2017; two reals in a complex slot) or bfv (Brakerski, CRYPTO 2012;
+    Fan, Vercauteren, ePrint 2012/144; fixed point, exact sums).  poly_modulus_degree: N.  modulus_bits: of the prime q.
+    bound: largest absolute value of a sum.  max_updates: most updates in a sum.  plain_bits: bfv: bits of the plaintext
+    modulus t. The scale follows: the largest power of two at which `bound` stays below a quarter of the modulus.
+    Raises SettingsError when security falls under 128 bit, or a sum could wrap around a modulus.
+    """
+
+    scheme: str
+    poly_modulus_degree: int
+    modulus_bits: int
+    bound: float
+    max_updates: int
+    plain_bits: int = 0
+
+    def __post_init__(self) -> None:
+        degree, bits = self.poly_modulus_degree, self.modulus_bits
+        if degree not in SECURITY_128:
+            raise SettingsError(
+                f"crypto.poly_modulus_degree={degree} is not one of: {', '.join(map(str, SECURITY_128))}"
+            )
+        most = min(60, SECURITY_128[degree])  # SEAL's largest prime
+        if not 24 <= bits <= most:
+            raise SettingsError(
+                f"crypto.modulus_bits={bits} at poly_modulus_degree={degree}: want 24 to {most}, which keeps 128-bit "
+                "security"
+            )
+        if not 0 < self.bound < math.inf:
+            raise SettingsError(f"crypto.bound={self.bound:g}: want a positive number")
+        if self.scheme == "bfv":
+            self._check_noise()
+        if self.scale_bits < 10:
+            raise SettingsError(
+                f"crypto.bound={self.bound:g} leaves {self.scale_bits} bits after the point in a "
+                f"{self.carrier_bits}-bit modulus: lower the bound to {2.0 ** (self.carrier_bits - 12):g}, or raise "
+                f"crypto.{'plain' if self.scheme == 'bfv' else 'modulus'}_bits"
+            )
+
+    def _check_noise(self) -> None:
+        """BFV decrypts exactly while the noise of all terms stays below half of q / t."""
+        if not self.poly_modulus_degree.bit_length() < self.plain_bits <= min(60, self.modulus_bits - 4):
+            raise SettingsError(
+                f"crypto.plain_bits={self.plain_bits} with modulus_bits={self.modulus_bits}: want more than "
+                f"{self.poly_modulus_degree.bit_length()} and at most {min(60, self.modulus_bits - 4)}"
+            )
+        # a coefficient's noise is a sum of `max_updates` draws, and so is the rounding when they were encoded
+        noise = _DEVIATIONS * math.sqrt(self.max_updates * _NOISE_VARIANCE)
+        if noise >= 2.0 ** (self.modulus_bits - self.plain_bits - 3):
+            raise SettingsError(
+                f"the noise of crypto.max_updates={self.max_updates} updates could reach the "
+                f"{self.plain_bits}-bit plaintext under a {self.modulus_bits}-bit modulus: lower max_updates or "
+                "plain_bits, or raise modulus_bits"
+            )
+
+    @property
+    def carrier_bits(self) -> int:
+        """Bits of the modulus that a sum must not wrap around."""
+        return self.plain_bits if self.scheme == "bfv" else self.modulus_bits
+
+    @property
+    def scale_bits(self) -> int:
+        """log2 of the number that values are multiplied by before they are rounded to integers."""
+        return self.carrier_bits - 2 - math.ceil(math.log2(self.bound))
+
+    @property
+    def largest(self) -> float:
+        """Largest absolute value that a sum may take. A complex slot of two such is sqrt(2) larger: still below q/2."""
+        return 2.0 ** (self.carrier_bits - 2 - self.scale_bits)
+
+    @property
+    def slots(self) -> int:
+        """Real values in one ciphertext."""
+        return self.poly_modulus_degree
+
+    @property
+    def width(self) -> int:
+        """Bytes of one residue on the wire."""
+        return -(-self.modulus_bits // 8)
+
+    @property
+    def poly_bytes(self) -> int:
+        """Bytes of one polynomial on the wire."""
+        return self.poly_modulus_degree * self.width
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a fresh ciphertext: one polynomial, and the seed of the other."""
+        return SEED_BYTES + self.poly_bytes
+
+    def sum_bytes(self, terms: int) -> int:
+        """Bytes of a sum: one polynomial, and the seeds of all terms or the other polynomial, whatever is smaller."""
+        return self.poly_bytes + min(terms * SEED_BYTES, self.poly_bytes)
+
+    def digest(self) -> bytes:
+        """16 bytes over everything that both ends must share to read each other."""
+        text = json.dumps({"layout": "packed 1", "library": LIBRARY, **asdict(self)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()[:16]
+
+    def error_bound(self, contributors: int, magnitude: float) -> float:
+        """Absolute error of a decrypted sum, but for a probability below 2^-57 per value.
+
+        ckks: as of `CkksParams`; a real and an imaginary part each take half of the noise, which is not made use of.
+        bfv: each term was rounded up or down at random, without bias: less than one unit off, and by Hoeffding's
+        inequality (1963, theorem 2) less than 4.5 sqrt(k) units for k of them.
+        """
+        unit = 2.0**-self.scale_bits
+        if self.scheme == "bfv":
+            return unit * min(float(contributors), 4.5 * math.sqrt(contributors)) + magnitude * 2.0**-50
+        noise = math.sqrt(contributors * self.poly_modulus_degree * _NOISE_VARIANCE) * unit
+        return _DEVIATIONS * noise + magnitude * 2.0**-46
+
+
+def smallest_modulus(scheme: str, degree: int, bound: float, max_updates: int, wanted: float, plain_bits: int) -> int:
+    """Bits of the smallest modulus, in whole bytes, that keeps the error of a mean at `wanted`.
+
+    Raises SettingsError when none does.
+    """
+    reasons = []
+    for bits in (32, 40, 48, 56):
+        try:
+            params = PackedParams(scheme, degree, bits, bound, max_updates, plain_bits)
+        except SettingsError as error:
+            reasons.append(str(error))
+            continue
+        found = params.error_bound(max_updates, bound)
+        if found <= wanted:
+            return bits
+        reasons.append(f"{bits} bits leave an error of {found:.1e}")
+    raise SettingsError(
+        f"crypto.wanted_error={wanted:g} cannot be kept for crypto.max_updates={max_updates} updates up to "
+        f"crypto.bound={bound:g} at poly_modulus_degree={degree}: {reasons[-1]}"
+    )

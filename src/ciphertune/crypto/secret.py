@@ -57,10 +57,10 @@ class SecretPart(Protocol):
     def encrypt(self, values: npt.NDArray[np.float64]) -> bytes:
         """Encrypt (count,) values into ceil(count / slots) blocks. Raises RangeError: NaN, infinite, over the bound."""
 
-    def decrypt(self, body: bytes, count: int, *, product: bool = False) -> npt.NDArray[np.float64]:
+    def decrypt(self, body: bytes, count: int, *, terms: int = 1, product: bool = False) -> npt.NDArray[np.float64]:
         """The first `count` values of a vector. Raises WireError on bytes that are no vector of that many blocks.
 
-        product: it is a combination that the server made (`PublicPart.combine`).
+        terms: updates that it is the sum of.  product: it is a combination that the server made (`PublicPart.combine`).
         """
 
     def derive(self, purpose: bytes) -> bytes:

@@ -1,0 +1,150 @@
+"""The packed backends, the client's half: key generation, and N real values <-> one ciphertext.
+
+ckks: a value and the value N/2 further on are real and imaginary part of one complex slot, so that nothing of the
+ring is wasted. bfv: fixed point, rounded at random without bias; sums are exact and decryption adds no noise, so that
+a decrypted sum tells nothing of the key. Both: symmetric encryption, SEAL's own generators.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tenseal.sealapi as seal
+
+from ciphertune.crypto import codec
+from ciphertune.crypto.base import check_range
+from ciphertune.crypto.packed import PackedPublic
+from ciphertune.crypto.params import PackedParams
+from ciphertune.crypto.secret import SecretKey
+from ciphertune.errors import FormatError, KeyFileError
+
+Vector = npt.NDArray[np.float64]
+
+
+def generate_key(params: PackedParams) -> SecretKey:
+    """A fresh ternary secret key from SEAL's own generator: its residues modulo the prime, in NTT order."""
+    key = seal.KeyGenerator(PackedPublic(params).context).secret_key()
+    body = codec.blob_body(codec.Scratch().saved(key.save))
+    return SecretKey(codec.tail_words(body, params.poly_modulus_degree).tobytes(), params.digest())
+
+
+class Encoder(Protocol):
+    """N reals <-> SEAL's plaintext."""
+
+    def encode(self, values: Vector) -> Any:
+        """Of (N,) values."""
+
+    def decode(self, plain: Any) -> Vector:
+        """The inverse, up to rounding."""
+
+
+class PackedSecret:
+    """Encrypts and decrypts under one key."""
+
+    def __init__(self, params: PackedParams, key: SecretKey) -> None:
+        if key.params_digest != params.digest():
+            raise KeyFileError(
+                f"key {key.fingerprint.hex()} was made for other encryption parameters: "
+                "create one with the crypto settings of this run"
+            )
+        self.public = PackedPublic(params)
+        self.fingerprint = key.fingerprint
+        self._key = key
+        self._bound = params.bound
+        self._scratch = codec.Scratch()
+        context = self.public.context
+        loaded = self._load(key, params)
+        self._encryptor, self._decryptor = seal.Encryptor(context, loaded), seal.Decryptor(context, loaded)
+        self._encoder: Encoder = _Ckks(self.public) if params.scheme == "ckks" else _Bfv(self.public)
+
+    def _load(self, key: SecretKey, params: PackedParams) -> Any:
+        words = np.frombuffer(key.reveal(), "<u8")
+        if words.size != params.poly_modulus_degree:
+            raise KeyFileError(
+                f"key {key.fingerprint.hex()} has {words.size} residues where {params.poly_modulus_degree} are expected"
+            )
+        # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
+        meta = struct.pack("<4QQd", *self.public.context.key_parms_id(), words.size, 1.0)
+        loaded = seal.SecretKey()
+        try:
+            self._scratch.load(
+                codec.with_header(meta + codec.seal_array(words)), lambda path: loaded.load(self.public.context, path)
+            )
+        except (RuntimeError, ValueError):
+            raise KeyFileError(f"key {key.fingerprint.hex()} is not valid under its parameters") from None
+        return loaded
+
+    def encrypt(self, values: Vector) -> bytes:
+        """Values -> ceil(count / N) fresh ciphertexts, the last one padded with zeros."""
+        check_range(values, self._bound)
+        slots = self.public.slots
+        padded = np.zeros(-(-values.size // slots) * slots)
+        padded[: values.size] = values
+        return b"".join(self._block(chunk) for chunk in padded.reshape(-1, slots))
+
+    def _block(self, values: Vector) -> bytes:
+        seeded = self._encryptor.encrypt_symmetric(self._encoder.encode(values))
+        first, seed = codec.split_seeded(self._scratch.saved(seeded.save), self.public.slots)
+        return seed + codec.cut(first, self.public.params.width)
+
+    def decrypt(self, body: bytes, count: int, *, terms: int = 1, product: bool = False) -> Vector:
+        """The first `count` values of a sum of `terms` vectors. Lengths come from the caller, never from the bytes."""
+        seeds, residues = self.public.summed(body, terms)
+        if -(-count // self.public.slots) != len(residues):
+            raise FormatError(f"{len(residues)} ciphertexts where the plan has {-(-count // self.public.slots)}")
+        out = [np.zeros(0)]
+        for own, polynomials in zip(seeds, residues, strict=True):
+            ciphertext = self.public.expanded(polynomials[0], own) if own else self.public.whole(polynomials)
+            plain = seal.Plaintext()
+            self._decryptor.decrypt(ciphertext, plain)
+            out.append(self._encoder.decode(plain))
+        return np.concatenate(out)[:count]
+
+    def derive(self, purpose: bytes) -> bytes:
+        """See `SecretPart.derive`."""
+        return self._key.derive(purpose)
+
+    def __repr__(self) -> str:
+        return f"PackedSecret(fingerprint={self.fingerprint.hex()})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a secret key cannot be pickled")
+
+
+class _Ckks:
+    """Two reals in a complex slot."""
+
+    def __init__(self, public: PackedPublic) -> None:
+        self._encoder, self._scale = seal.CKKSEncoder(public.context), 2.0**public.params.scale_bits
+
+    def encode(self, values: Vector) -> Any:
+        half = values.size // 2
+        plain = seal.Plaintext()
+        self._encoder.encode((values[:half] + 1j * values[half:]).tolist(), self._scale, plain)
+        return plain
+
+    def decode(self, plain: Any) -> Vector:
+        slots = np.array(self._encoder.decode_complex(plain))
+        return np.concatenate([slots.real, slots.imag])
+
+
+class _Bfv:
+    """Fixed point in the plaintext modulus, one value in each of its N slots."""
+
+    def __init__(self, public: PackedPublic) -> None:
+        self._encoder, self._scale = seal.BatchEncoder(public.context), 2.0**public.params.scale_bits
+        # rounding hides nothing; it only has to be unbiased and different at every client
+        self._random = np.random.default_rng(secrets.randbits(128))
+
+    def encode(self, values: Vector) -> Any:
+        units = np.floor(values * self._scale + self._random.random(values.size)).astype(np.int64)
+        plain = seal.Plaintext()
+        self._encoder.encode(units.tolist(), plain)
+        return plain
+
+    def decode(self, plain: Any) -> Vector:
+        return np.array(self._encoder.decode_int64(plain), np.int64) / self._scale
