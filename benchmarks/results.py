@@ -1,0 +1,181 @@
+"""All methods on real data: three text classifiers' sets and one of instructions, IID and Dirichlet, equal and unequal
+ranks, three seeds; `docs/results.md` shows what it found.
+
+    python benchmarks/results.py --models FOLDER --data FOLDER               all that is missing
+    python benchmarks/results.py ... --cells 'sst2-*' --rows sealed,fedavg   a part of it
+    python benchmarks/tables.py                                              the page, from what is there
+
+--models holds minilm-l6 and llama-4m, --data a folder per set with train.jsonl and test.jsonl. A cell is one set, one
+division and one kind of ranks. Rows of a cell are run in pairs by `ciphertune compare` and kept one by one in
+benchmarks/results/grid/CELL.json, so that the whole, some hours on two cores, can be spread over days and machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ciphertune.versions import versions
+
+ROOT = Path(__file__).parents[1]
+GRID = ROOT / "benchmarks/results/grid"
+LABELS = {
+    "sst2": "[negative,positive]",
+    "rotten_tomatoes": "[negative,positive]",
+    "ag_news": "[World,Sports,Business,Sci/Tech]",
+}
+SETS = (*LABELS, "medical_meadow_small")
+RANKS = {"unequal": (4, 8, 8, 16), "equal": (8, 8, 8, 8)}
+# every method, and its own overrides; local trains as all others and shares nothing
+ROWS = {
+    "fedavg": "",
+    "sealed": "",
+    "flexlora": "",
+    "rolora": "",
+    "she_lora": "",
+    "fedshield": "",
+    "fedshield, agreed mask": "method=fedshield method.prune=agreed",
+    "dp_lora, epsilon 8": "method=dp_lora method.epsilon=8",
+    "local": "",
+    "ffa_lora": "",
+    "hetlora": "",
+    "flora": "",
+    "drop_columns": "",
+    "maskcrypt": "",
+    "full_he": "",
+}
+CLASSIFIER = (
+    "model=classifier",
+    "model.max_length=40",
+    "data.max_heldout=400",
+    "training.steps=8",
+    "training.batch_size=16",
+    "training.learning_rate=2e-3",
+    "training.learning_rate_end=4e-4",
+)
+CAUSAL = (
+    "model=hf",
+    "model.targets=[q_proj,v_proj,up_proj,down_proj]",
+    "model.max_length=96",
+    "data.max_heldout=200",
+    "training.steps=10",
+    "training.batch_size=8",
+    "training.learning_rate=4e-3",
+    "training.learning_rate_end=8e-4",
+)
+COMMON = ("data=jsonl", "training.schedule=cosine", "federation.compare_local=false", "federation.evaluate_every=5")
+ROUNDS = {"iid": 10, "dirichlet": 20}
+BUDGET = 0.1  # of A's columns, for the methods that negotiate
+
+
+def cells() -> list[str]:
+    """Names of all cells."""
+    return [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("dirichlet", "iid") for data in SETS]
+
+
+def overrides(cell: str, options: argparse.Namespace, work: Path) -> list[str]:
+    """What all rows of a cell have in common."""
+    data, division, ranks = cell.split("-")
+    clients = ",".join(f"{{rank:{rank},budget:{BUDGET}}}" for rank in RANKS[ranks])
+    words = [*COMMON, f"data.partition={division}", f"federation.rounds={ROUNDS[division]}"]
+    words += [f"federation.clients=[{clients}]", f"data.heldout_path={options.data / data / 'test.jsonl'}"]
+    train = options.data / data / "train.jsonl"
+    if data in LABELS:
+        words += [*CLASSIFIER, f"data.labels={LABELS[data]}", f"model.name={options.models / 'minilm-l6'}"]
+    else:
+        words += [*CAUSAL, f"model.name={options.models / 'llama-4m'}", "data.partition_by=kind"]
+        train = with_kinds(train, work / f"{data}.jsonl")
+    return [*words, f"data.path={train}"]
+
+
+def with_kinds(source: Path, out: Path) -> Path:
+    """The lines with the question's first word as their kind, where it is one of the ten commonest: for Dirichlet."""
+    lines = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    words = [(line["input"].split() or ["none"])[0].lower() for line in lines]
+    common = {word for word, _ in Counter(words).most_common(10)}
+    for line, word in zip(lines, words, strict=True):
+        line["kind"] = word if word in common else "other"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return out
+
+
+def run(cell: str, rows: list[str], options: argparse.Namespace) -> None:
+    """Run rows of a cell and keep their figures."""
+    out = options.work / cell / "+".join("".join(c for c in row if c.isalnum()) for row in rows)
+    words = overrides(cell, options, options.work)
+    for row in rows:
+        words += ["--row", f"{row}: {ROWS[row] or 'method=' + row}"]
+    command = [sys.executable, "-m", "ciphertune.cli", "compare", *words, "--seeds", str(options.seeds)]
+    command += ["--app", str(ROOT), "--out", str(out), "--parallel", str(options.parallel)]
+    subprocess.run(command, check=False)
+    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
+    kept = read(cell)
+    kept["overrides"] = found["about"]["overrides"]
+    for name, row in found["rows"].items():
+        if len(row["seeds"]) == options.seeds:
+            kept["rows"][name] = {
+                "overrides": row["overrides"],
+                "seeds": {seed: figures(one) for seed, one in row["seeds"].items()},
+                "versions": versions(),
+            }
+    GRID.mkdir(parents=True, exist_ok=True)
+    (GRID / f"{cell}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    if all(name in kept["rows"] for name in rows):
+        shutil.rmtree(out)
+
+
+def read(cell: str) -> dict[str, Any]:
+    """What is known of a cell."""
+    path = GRID / f"{cell}.json"
+    found: dict[str, Any] = {"cell": cell, "overrides": [], "rows": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
+
+
+def figures(one: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one run."""
+    names = ("base", "federated", "bytes_up", "bytes_down", "encrypted_fraction", "seconds")
+    course = [[r["round"], round(r["bytes_so_far"]), r["loss"], r["metric"]] for r in one["rounds"] if r["loss"]]
+    return {name: one[name] for name in names} | {"course": course}
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cells", default="*", help="of these alone, e.g. 'sst2-*' (default: all)")
+    parser.add_argument("--rows", default="", help="of these alone (default: all)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--work", type=Path, default=ROOT / "comparisons", help="where unfinished runs are")
+    options = parser.parse_args()
+    wanted = [row.strip() for row in options.rows.split(",") if row.strip()] or list(ROWS)
+    if unknown := [row for row in wanted if row not in ROWS]:
+        parser.error(f"--rows {unknown[0]}: want some of {', '.join(ROWS)}")
+    jobs = []
+    for cell in (c for c in cells() if fnmatch.fnmatch(c, options.cells)):
+        missing = [row for row in wanted if row not in read(cell)["rows"]]
+        jobs += [(cell, missing[i : i + 2]) for i in range(0, len(missing), 2)]
+    if not jobs:
+        parser.exit(0, "nothing is missing\n")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("pairs of rows", total=len(jobs))
+        for cell, rows in jobs:
+            progress.update(task, description=f"{cell}: {', '.join(rows)}")
+            run(cell, rows, options)
+            progress.advance(task)
+
+
+if __name__ == "__main__":
+    main()
