@@ -35,7 +35,7 @@ def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
     if crypto.packed:
         from ciphertune.crypto.packed_secret import PackedSecret
 
-        return PackedSecret(packed_params(crypto), key)
+        return PackedSecret(packed_params(crypto), key, node.processes)
     from ciphertune.crypto.ckks_secret import CkksSecret
 
     return CkksSecret(ckks_params(crypto), key)

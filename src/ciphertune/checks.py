@@ -27,6 +27,7 @@ CHOICES = {
     "model.scaling": ("common", "own"),
     "model.task": ("causal_lm", "classification"),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.quantization": ("none", "4bit", "8bit"),
     "data.source": ("embedded", "jsonl", "hf"),
     "data.partition": ("none", "iid", "dirichlet", "natural"),
     "crypto.backend": ("clear", "ckks", "ckks_packed", "bfv_packed"),
@@ -162,6 +163,11 @@ def _check_method(settings: Settings) -> None:
         raise SettingsError(
             "model.scaling=own: factors of clients with unequal scales cannot be averaged apart; use "
             "model.scaling=common, or a method with method.aggregate=product"
+        )
+    if settings.model.quantization != "none" and method.aggregate == "stack":
+        raise SettingsError(
+            f"model.quantization={settings.model.quantization} with method.aggregate=stack: every round is merged into "
+            "the base model, and quantized weights cannot be added to; use model.quantization=none or another method"
         )
     if method.aggregate == "product" and crypto.backend != "clear" and (crypto.packed or not crypto.coefficient_bits):
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")

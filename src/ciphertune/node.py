@@ -26,6 +26,7 @@ KEYS = (
     "partition-id",
     "num-partitions",
     "allow-clear",
+    "crypto-processes",
 )
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it becomes a folder
@@ -48,6 +49,7 @@ class NodeSettings:
     folder: Path
     simulated: bool
     own_key: bool  # the key file was given: it is never made
+    processes: int = 1  # that share the encryption of a large update
 
 
 def home() -> Path:
@@ -107,10 +109,13 @@ def node_settings(
         device=str(config.get("device", default.device)),
         folder=folder / name,
         simulated=simulated,
+        processes=_number(config, "crypto-processes", int, 1 if simulated else min(8, os.cpu_count() or 1)),
         own_key=bool(key_file),
     )
     if not 1 <= node.rank <= 4096:
         raise SettingsError(f"node setting rank={node.rank} is out of range: want 1 to 4096")
+    if not 1 <= node.processes <= 256:
+        raise SettingsError(f"node setting crypto-processes={node.processes} is out of range: want 1 to 256")
     _check_budget(node, measured="budget" not in config and "seconds-per-round" in config)
     return node
 

@@ -20,9 +20,12 @@ from ciphertune.crypto.base import check_range
 from ciphertune.crypto.packed import PackedPublic
 from ciphertune.crypto.params import PackedParams
 from ciphertune.crypto.secret import SecretKey
+from ciphertune.crypto.workers import Workers
 from ciphertune.errors import FormatError, KeyFileError
 
 Vector = npt.NDArray[np.float64]
+
+PARALLEL = 4_000_000  # values; below, starting a process takes longer than it saves
 
 
 def generate_key(params: PackedParams) -> SecretKey:
@@ -43,9 +46,12 @@ class Encoder(Protocol):
 
 
 class PackedSecret:
-    """Encrypts and decrypts under one key."""
+    """Encrypts and decrypts under one key.
 
-    def __init__(self, params: PackedParams, key: SecretKey) -> None:
+    processes: how many share vectors of `PARALLEL` values or more; they start with the first such vector.
+    """
+
+    def __init__(self, params: PackedParams, key: SecretKey, processes: int = 1) -> None:
         if key.params_digest != params.digest():
             raise KeyFileError(
                 f"key {key.fingerprint.hex()} was made for other encryption parameters: "
@@ -55,6 +61,8 @@ class PackedSecret:
         self.fingerprint = key.fingerprint
         self._key = key
         self._bound = params.bound
+        self._processes = processes
+        self._workers: Workers | None = None
         self._scratch = codec.Scratch()
         context = self.public.context
         loaded = self._load(key, params)
@@ -81,6 +89,10 @@ class PackedSecret:
     def encrypt(self, values: Vector) -> bytes:
         """Values -> ceil(count / N) fresh ciphertexts, the last one padded with zeros."""
         check_range(values, self._bound)
+        workers = self._helped(values.size)
+        return workers.encrypt(values) if workers else self._encrypted(values)
+
+    def _encrypted(self, values: Vector) -> bytes:
         slots = self.public.slots
         padded = np.zeros(-(-values.size // slots) * slots)
         padded[: values.size] = values
@@ -93,9 +105,13 @@ class PackedSecret:
 
     def decrypt(self, body: bytes, count: int, *, terms: int = 1, product: bool = False) -> Vector:
         """The first `count` values of a sum of `terms` vectors. Lengths come from the caller, never from the bytes."""
+        if len(body) != -(-count // self.public.slots) * self.public.sum_bytes(terms):
+            raise FormatError(f"{len(body)} bytes are no sum of {terms} updates of {count} values")
+        workers = self._helped(count)
+        return workers.decrypt(body, count, terms) if workers else self._decrypted(body, count, terms)
+
+    def _decrypted(self, body: bytes, count: int, terms: int) -> Vector:
         seeds, residues = self.public.summed(body, terms)
-        if -(-count // self.public.slots) != len(residues):
-            raise FormatError(f"{len(residues)} ciphertexts where the plan has {-(-count // self.public.slots)}")
         out = [np.zeros(0)]
         for own, polynomials in zip(seeds, residues, strict=True):
             ciphertext = self.public.expanded(polynomials[0], own) if own else self.public.whole(polynomials)
@@ -103,6 +119,20 @@ class PackedSecret:
             self._decryptor.decrypt(ciphertext, plain)
             out.append(self._encoder.decode(plain))
         return np.concatenate(out)[:count]
+
+    def _helped(self, count: int) -> Workers | None:
+        """The processes that share so many values, None where one does it alone."""
+        if self._processes < 2 or count < PARALLEL:
+            return None
+        if self._workers is None:
+            self._workers = Workers(self.public.params, self._key, self._processes)
+        return self._workers
+
+    def close(self) -> None:
+        """End the processes, if any were started."""
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
     def derive(self, purpose: bytes) -> bytes:
         """See `SecretPart.derive`."""

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ciphertune.errors import DataError, ModelError
+from ciphertune.lm import quantization
 from ciphertune.lm.batches import _autocast, collate, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
@@ -65,9 +65,7 @@ def weight_columns(model: LoraModel) -> dict[str, Vector]:
     """The sums sum_k |W0_kj| (n,) over the rows of each adapted layer's frozen weight W0 (m, n), named as in `read`."""
     found = {}
     for name, layer in sorted(model._layers()):
-        base = layer.get_base_layer()
-        rows = 1 if isinstance(base, Conv1D) else 0  # transformers' Conv1D stores (n, m)
-        found[name] = _float64(base.weight.detach().abs().sum(rows, dtype=torch.float32))
+        found[name] = _float64(quantization.weight(layer.get_base_layer()).abs().sum(0, dtype=torch.float32))
     return found
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ciphertune.errors import ModelError
+from ciphertune.lm import quantization
 from ciphertune.settings import ModelSettings
 
 # At least one of these is in every folder that AutoTokenizer can read.
@@ -64,33 +65,30 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], dtype: torch.dtype
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The base model in `dtype` on the CPU, and the names of its parameters that the folder does not hold.
+    """The base model in `dtype` on `device`, and the names of its parameters that the folder does not hold.
 
-    For classification these are the new head's, and their values come from torch's generator: the caller must
-    initialise them. Raises ModelError when the model cannot be read or does not fit task or length.
+    Every weight goes from the file to the device by itself, converted or quantized on the way: there is never a copy
+    of the whole in float32 or in the CPU's memory. For classification the parameters that the folder lacks are the new
+    head's, and their values come from torch's generator: the caller must initialise them. Raises ModelError when the
+    model cannot be read or does not fit task or length.
     """
-    where = _reachable(settings.name)
     kind: Any = AutoModelForCausalLM
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"dtype": dtype}
+    keep: list[str] = []
     if settings.task == "classification":
         kind = AutoModelForSequenceClassification
         names = dict(enumerate(labels))
-        extra = {"id2label": names, "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
-    try:
-        with _quiet():
-            model, info = kind.from_pretrained(
-                where,
-                dtype=dtype,
-                local_files_only=Path(where).is_dir(),
-                trust_remote_code=False,
-                output_loading_info=True,
-                **extra,
-            )
-    except Exception as error:  # as above, and safetensors' own
-        raise ModelError(f"model.name={settings.name!r} cannot be loaded: {first_line(error)}") from None
-    new = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
+        extra |= {"id2label": names, "label2id": {v: k for k, v in names.items()}, "ignore_mismatched_sizes": True}
+        if settings.quantization != "none":  # a head trains, so it stays in floats: look which modules are heads
+            keep = sorted(heads(*_pretrained(settings, kind, torch.device("meta"), extra)))
+    extra |= quantization.options(settings.quantization, dtype, keep)
+    model, new = _pretrained(settings, kind, device, extra)
     if new and settings.task == "causal_lm":
         raise ModelError(
             f"model.name={settings.name!r} has no weights for {sorted(new)[0]}: it is not a causal language model; "
@@ -101,6 +99,23 @@ def load_base(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id(tokenizer)  # a decoder with a classification head looks for it
     return model, new
+
+
+def new_modules(base: PreTrainedModel, new: set[str]) -> set[str]:
+    """The largest modules with only `new` parameters: they must travel with the adapter, since no folder has them."""
+    found: set[str] = set()
+    for name, module in base.named_modules():
+        inside = [f"{name}.{key}" for key, _ in module.named_parameters()] if name else []
+        if inside and new.issuperset(inside) and not any(name.startswith(f"{owner}.") for owner in found):
+            found.add(name)
+    return found
+
+
+def heads(base: PreTrainedModel, new: set[str]) -> set[str]:
+    """The modules of a classifier that train as a whole: those of `new` parameters, and those that PEFT adds itself."""
+    return new_modules(base, new) | {
+        name for name, _ in base.named_modules() if name.split(".")[-1] in ("classifier", "score")
+    }
 
 
 def pick_device(name: str) -> torch.device:
@@ -171,6 +186,26 @@ def _check_length(settings: ModelSettings, model: PreTrainedModel, tokenizer: Pr
             f"model.max_length={settings.max_length} is more than model.name={settings.name!r} can read: "
             f"set model.max_length={limit} or less"
         )
+
+
+def _pretrained(
+    settings: ModelSettings, kind: Any, device: torch.device, extra: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model of `kind` on `device` and the names of its new parameters; on "meta" none is read."""
+    where = _reachable(settings.name)
+    try:
+        with _quiet():
+            model, info = kind.from_pretrained(
+                where,
+                device_map={"": str(device)},
+                local_files_only=Path(where).is_dir(),
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
+            )
+    except Exception as error:  # as of a tokenizer, and safetensors' own
+        raise ModelError(f"model.name={settings.name!r} cannot be loaded: {first_line(error)}") from None
+    return model, set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import ModelError
-from ciphertune.lm.base import load_base, load_tokenizer, pick_autocast, pick_device, resolve
+from ciphertune.lm import quantization
+from ciphertune.lm.base import heads, load_base, load_tokenizer, new_modules, pick_autocast, pick_device, resolve
 from ciphertune.settings import ModelSettings
 
-__all__ = ["LoraModel", "load", "load_tokenizer", "resolve"]
+__all__ = ["LoraModel", "adapt", "load", "load_tokenizer", "resolve"]
 
 _NAME = "default"  # PEFT's name of the one adapter
 _TASKS = {"causal_lm": TaskType.CAUSAL_LM, "classification": TaskType.SEQ_CLS}
@@ -78,16 +79,21 @@ class LoraModel:
                 raise ModelError(f"{name} has shape {shape}, this model wants {tuple(parameter.shape)}")
         with torch.no_grad():
             for parameter, values in targets.values():
-                parameter.copy_(torch.from_numpy(np.array(values, dtype=np.float32)))
+                parameter.copy_(torch.from_numpy(np.require(values, np.float32, ["C", "W"])))
 
     def add_to_base(self, changes: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]]) -> None:
-        """Add (m, n) changes to the frozen weights of adapted layers. Raises ModelError for a layer there is not."""
+        """Add (m, n) changes to the frozen weights of adapted layers.
+
+        Raises ModelError for a layer that there is not, or whose weights are quantized.
+        """
         layers = dict(self._layers())
         with torch.no_grad():
             for name, change in changes.items():
                 if name not in layers:
                     raise ModelError(f"the merged update has layer {name}, this model has not")
                 base = layers[name].get_base_layer()
+                if quantization.is_quantized(base):
+                    raise ModelError(f"nothing can be merged into layer {name}: it is quantized; use the plain model")
                 values = torch.from_numpy(change.T if isinstance(base, Conv1D) else change)
                 base.weight.add_(values.to(base.weight))
 
@@ -142,14 +148,35 @@ def load(
             f"model.task=classification needs two labels or more, got {list(labels)}: set e.g. data.labels=[no,yes]"
         )
     where = pick_device(device)
-    autocast = pick_autocast(settings.dtype, where)
+    quantization.check(settings.quantization, where)
     tokenizer = load_tokenizer(settings)
-    base, new = load_base(settings, tokenizer, labels, autocast or torch.float32)
-    heads = _owners(base, new)
-    _check_targets(settings, base, heads, rank)
+    dtype = pick_autocast(settings.dtype, where) or torch.float32
+    base, new = load_base(settings, tokenizer, labels, dtype, where)
+    return adapt(base, tokenizer, settings, rank=rank, new=new, seed=seed)
+
+
+def adapt(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ModelSettings,
+    *,
+    rank: int,
+    new: Set[str] = frozenset(),
+    seed: int = 0,
+) -> LoraModel:
+    """`base`, on the device where it is, with a fresh adapter there, as `load` gives it.
+
+    new: names of the base's parameters that have no values yet. Raises ModelError when it cannot be adapted as asked.
+    """
+    trained = new_modules(base, set(new))
+    _check_targets(settings, base, heads(base, set(new)) if settings.task == "classification" else set(), rank)
     with torch.no_grad():
         for name in sorted(new):
-            _init_head(name, base.get_parameter(name), seed)
+            parameter = base.get_parameter(name)
+            parameter.data = parameter.data.float()  # before it gets its values: the same ones whatever the base is
+            _init_head(name, parameter, seed)
+    if settings.gradient_checkpointing:
+        _checkpoint(base, settings.name)
     scale = settings.alpha / (rank if settings.scaling == "own" else settings.rank)
     config = LoraConfig(
         task_type=_TASKS[settings.task],
@@ -157,16 +184,26 @@ def load(
         r=rank,
         lora_alpha=scale * rank,  # PEFT scales by lora_alpha / r
         lora_dropout=settings.dropout,
-        modules_to_save=sorted(heads) or None,
+        modules_to_save=sorted(trained) or None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out of Conv1D, which PEFT corrects by itself
-        model = LoraModel(get_peft_model(base, config), tokenizer, where, autocast, settings.task, rank, scale)
+        # not PEFT's prepare_model_for_kbit_training: it would make all that is not quantized float32
+        peft = get_peft_model(base, config)
+    autocast = pick_autocast(settings.dtype, base.device)
+    model = LoraModel(peft, tokenizer, base.device, autocast, settings.task, rank, scale)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.float()
-    model.model.to(where)
     model.write(_initial(model.read(), seed))
     return model
+
+
+def _checkpoint(base: PreTrainedModel, name: str) -> None:
+    """Keep only each block's input for the backward pass, and compute the rest again there (arXiv 1604.06174)."""
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(f"model.name={name!r} does not support it: set model.gradient_checkpointing=false")
+    # also makes the embeddings' output require a gradient, since no parameter of the base does
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _initial(adapter: Adapter, seed: int) -> Adapter:
@@ -184,7 +221,7 @@ def _init_head(name: str, parameter: nn.Parameter, seed: int) -> None:
     """New matrices normal(0, 0.02), new norms one, new biases zero; never from torch's own generator."""
     if parameter.ndim >= 2:
         values = _generator(seed, 0, name).normal(0.0, 0.02, tuple(parameter.shape))
-        parameter.copy_(torch.from_numpy(values))
+        parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     else:
         parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
@@ -194,24 +231,13 @@ def _generator(seed: int, component: int, name: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed % 2**64, component, *words]))
 
 
-def _owners(base: PreTrainedModel, new: set[str]) -> set[str]:
-    """The largest modules with only new parameters: they must travel with the adapter, since no folder has them."""
-    found: set[str] = set()
-    for name, module in base.named_modules():
-        inside = [f"{name}.{key}" for key, _ in module.named_parameters()] if name else []
-        if inside and new.issuperset(inside) and not any(name.startswith(f"{owner}.") for owner in found):
-            found.add(name)
-    return found
+def _check_targets(settings: ModelSettings, base: PreTrainedModel, outside: set[str], rank: int) -> None:
+    """Raise ModelError for a target that is no linear layer of the model, or a rank that some adapted layer lacks.
 
-
-def _check_targets(settings: ModelSettings, base: PreTrainedModel, heads: set[str], rank: int) -> None:
-    """Raise ModelError for a target that is no linear layer of the model, or a rank that some adapted layer lacks."""
-    # PEFT adds these two to the heads by itself
-    outside = {*heads, *(name for name, _ in base.named_modules() if name.split(".")[-1] in ("classifier", "score"))}
-    if settings.task == "causal_lm":
-        outside = set()
+    outside: names of modules that train as a whole.
+    """
     linear = {
-        name: min(module.weight.shape)
+        name: min(quantization.size(module))
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in outside)
     }
