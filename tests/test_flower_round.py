@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message
 from grid import simulated
 from peft import PeftModel
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
 from ciphertune import flower
@@ -68,6 +69,26 @@ def test_the_saved_adapter_gives_the_logits_the_client_had(lab: Lab, llama: Path
         with torch.no_grad():
             assert torch.allclose(tuned(tokens).logits, expected, atol=1e-6)
         assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+def test_the_released_adapter_is_the_mean_rounded_to_bfloat16_unless_asked_otherwise(lab: Lab, tmp_path: Path) -> None:
+    def released(run: Path, name: str) -> dict[str, torch.Tensor]:
+        return {
+            key.removeprefix("base_model.model.").replace(".lora_A.weight", ".a").replace(".lora_B.weight", ".b"): value
+            for key, value in load_torch(run / "clients" / name / "adapter/adapter_model.safetensors").items()
+        }
+
+    run = lab("method=sealed")
+    lab.runs = tmp_path / "whole"
+    whole = lab("method=sealed model.release=float32")
+    for name in ("client-0", "client-3"):
+        mean = load_torch(run / "clients" / name / "state/adapter.safetensors")
+        kept = released(run, name)
+        assert set(kept) == set(mean)
+        assert all(torch.equal(kept[key], mean[key].bfloat16().float()) for key in mean)  # torch rounds by itself
+        mean = load_torch(whole / "clients" / name / "state/adapter.safetensors")
+        assert all(torch.equal(value, mean[key]) for key, value in released(whole, name).items())
+        assert any((mean[key] != mean[key].bfloat16().float()).any() for key in mean)
 
 
 def test_clients_of_one_rank_end_with_the_same_adapter_and_lower_ranks_with_its_beginning(lab: Lab) -> None:

@@ -62,3 +62,15 @@ def difference(one: Adapter, two: Adapter) -> Adapter:
     """Factor by factor and head by head, `one` minus `two`, of the same shapes."""
     layers = {n: LoraFactors(f.a - two.layers[n].a, f.b - two.layers[n].b, f.scale) for n, f in one.layers.items()}
     return Adapter(layers, {n: h - two.heads[n] for n, h in one.heads.items()})
+
+
+def in_bfloat16(adapter: Adapter) -> Adapter:
+    """The adapter with every value rounded to the nearest bfloat16 (8 bits, ties to even), still in float32."""
+
+    def rounded(values: FloatArray) -> FloatArray:
+        bits = values.astype(np.float32).view(np.uint32)
+        kept = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+        return np.where(np.isfinite(values), kept.view(np.float32), values).astype(np.float32)
+
+    layers = {name: LoraFactors(rounded(f.a), rounded(f.b), f.scale) for name, f in adapter.layers.items()}
+    return Adapter(layers, {name: rounded(head) for name, head in adapter.heads.items()})

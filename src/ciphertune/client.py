@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ciphertune import exchange, merging, wire, wishes
-from ciphertune.adapter import Adapter, difference
+from ciphertune.adapter import Adapter, difference, in_bfloat16
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
@@ -201,10 +201,13 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
 
 
 def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
-    """Take the last mean, measure it, and leave it as a PEFT folder."""
-    client.model.write(_catch_up(client, task, received)[0])
+    """Take the last mean, measure it, and leave it, rounded, as a PEFT folder."""
+    mean = _catch_up(client, task, received)[0]
+    client.model.write(mean)
     report = _evaluate(client)
     with client.timed("save"):
+        if client.settings.model.release == "bfloat16":
+            client.model.write(in_bfloat16(mean))
         client.model.save(client.node.folder / "adapter")
         merging.keep_beside(client.node.folder, client.run)
     return report | {"seconds": client.seconds}

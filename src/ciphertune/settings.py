@@ -71,6 +71,7 @@ class ModelSettings:
     dropout: float = 0.0
     max_length: int = 128  # tokens
     dtype: str = "auto"  # auto (bfloat16 where the device has it) | float32 | bfloat16
+    release: str = "bfloat16"  # bfloat16 | float32: what the finished adapter is rounded to (SECURITY.md says why)
     quantization: str = "none"  # none | 4bit | 8bit: of the frozen base; needs a CUDA GPU and bitsandbytes
     gradient_checkpointing: bool = False  # less memory for a third more time: compute each block again, backwards
 

@@ -193,7 +193,7 @@ def adapt(
     autocast = pick_autocast(settings.dtype, base.device)
     model = LoraModel(peft, tokenizer, base.device, autocast, settings.task, rank, scale)
     for parameter in model.trainable().values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(base.device, torch.float32)
     model.write(_initial(model.read(), seed))
     return model
 

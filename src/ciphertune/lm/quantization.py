@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available
@@ -57,7 +58,7 @@ def options(quantization: str, dtype: torch.dtype, keep: Sequence[str] = ()) -> 
 
 def is_quantized(layer: Any) -> bool:
     """Whether a linear layer's weights are packed codes: no numbers that could be added to."""
-    return not layer.weight.is_floating_point()
+    return bool(get_bnb_param_type(layer.weight))
 
 
 def size(layer: Any) -> tuple[int, int]:
@@ -70,8 +71,6 @@ def size(layer: Any) -> tuple[int, int]:
 def weight(layer: Any) -> torch.Tensor:
     """The weights (m, n) of a linear layer, a new tensor where they are quantized."""
     if is_quantized(layer):
-        from peft.utils.integrations import dequantize_bnb_weight
-
         values: torch.Tensor = dequantize_bnb_weight(layer.weight, state=getattr(layer, "state", None))
         return values.detach()
     stored: torch.Tensor = layer.weight.detach()
