@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results_page
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 DOCUMENTS = ("README.md",)
@@ -187,6 +189,9 @@ def main() -> int:
             status = 1
         elif made != text:
             path.write_text(made, encoding="utf-8")
+    if not results_page.write(ROOT / "docs/results.md", check=check) and check:
+        print("docs/results.md differs from benchmarks/results/grid: run python benchmarks/tables.py", file=sys.stderr)
+        status = 1
     return status
 
 
