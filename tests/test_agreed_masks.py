@@ -130,14 +130,14 @@ def test_ciphertexts_and_bytes_fall_with_the_share_that_is_kept_within_one_ciphe
     run, plain = (Round(w, 1, ranks=(4, 8), samples=(3, 4), layers=layers) for w in words)
     # by hand: per tier 4 components of two tensors A and two tensors B, and the 21 values of the heads in the first
     kept = sum(4 * w - round(rate * 4 * w) for w in (5000, 100, 3000, 900))
-    ciphertexts = [math.ceil((kept + 21) / 2048), math.ceil(kept / 2048)]
-    block, mask = 2 * 4096 * 7, 16 + 4 * 9000 // 8
-    before = [len(m.secret) // block for m in (*plain.messages, plain.released)]
+    ciphertexts, mask = [math.ceil((kept + 21) / 4096), math.ceil(kept / 4096)], 16 + 4 * 9000 // 8
+    blocks = [64 + 5 * 4096, 64 + 5 * 4096, 2 * 64 + 5 * 4096]  # a seed of each update
+    before = [len(m.secret) / block for m, block in zip((*plain.messages, plain.released), blocks, strict=True)]
     for i, (message, tiers) in enumerate(zip((*run.messages, run.released), (1, 2, 1), strict=True)):
-        assert len(message.secret) == block * sum(ciphertexts[:tiers]) and message.clear == b""
+        assert len(message.secret) == blocks[i] * sum(ciphertexts[:tiers]) and message.clear == b""
         assert len(message.mask) == mask * tiers
-        assert abs(len(message.secret) // block - (1 - rate) * before[i]) <= tiers
-    assert before == [18, 36, 18]
+        assert abs(len(message.secret) // blocks[i] - (1 - rate) * before[i]) <= tiers
+    assert before == [9, 18, 9]
     for data, message, tiers in zip(run.sent, run.messages, (1, 2), strict=True):
         assert len(data) == 122 + len(message.secret) + mask * tiers + 32  # nothing else travels
 

@@ -55,7 +55,7 @@ def test_the_clear_part_is_exactly_what_was_not_chosen_and_the_secret_part_what_
         pairs = list(zip(segments(run, values), segments(run, keep), strict=True))
         assert np.array_equal(parse(message.clear, np.dtype("<f8")), np.concatenate([v[~k] for v, k in pairs]))
         for found, (v, k) in zip(decrypted(run, i, [int(k.sum()) for _, k in pairs]), pairs, strict=True):
-            assert gap(found, v[k]) < 1e-8
+            assert gap(found, v[k]) < 1e-6
         # no chosen value is readable: random doubles do not occur twice
         assert not set(np.frombuffer(message.clear, "<f8")) & set(values[keep])
 
@@ -99,7 +99,7 @@ def test_the_first_round_has_no_mean_to_follow_and_is_encrypted_whole() -> None:
         assert message.clear == message.mask == b""
         values = segments(run, pack(client, run.plan, BOTH) * (run.samples[i] / run.total))
         for found, expected in zip(decrypted(run, i, [x.size for x in values]), values, strict=True):
-            assert gap(found, expected) < 1e-8
+            assert gap(found, expected) < 1e-6
     run.seal(0, guide=None)
 
 
@@ -109,7 +109,7 @@ def test_heads_are_encrypted_however_small_the_share() -> None:
         heads = np.concatenate([client.heads[h.name].ravel() for h in HEADS]) * (run.samples[i] / run.total)
         assert len(message.clear) == 8 * 1050 * client.rank
         assert len(message.secret) == run.session.public.block_bytes  # of 21 values; other tiers have nothing secret
-        assert gap(run.secret.decrypt(message.secret, 21), heads) < 1e-8
+        assert gap(run.secret.decrypt(message.secret, 21), heads) < 1e-6
 
 
 def test_which_entries_are_encrypted_is_the_same_at_every_client_and_a_lower_rank_has_a_prefix() -> None:

@@ -244,7 +244,7 @@ def _decrypted(message: wire.Message, session: wire.Session, secret: SecretPart)
     """The values of each encrypted segment. Of a product all but the first, the heads, are combinations."""
     _, counted = wire.counts(session.plan, message.kind, message.round, message.rank, message.contributors)
     found, at = [], 0
-    terms = wire.terms_of(session.plan, message.contributors, len(counted))
+    terms = wire.terms_of(session.plan, message.round, message.contributors, len(counted))
     for i, count in enumerate(counted):
         size = blocks_for(session.public, count) * session.public.sum_bytes(terms[i])
         product = session.plan.aggregate == "product" and i > 0

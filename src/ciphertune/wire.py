@@ -188,11 +188,13 @@ def counts(plan: Plan, kind: int, round_: int, rank: int, contributors: Sequence
     return columns.aggregate_counts(plan, contributors)
 
 
-def terms_of(plan: Plan, contributors: Sequence[Contributor], segments: int) -> list[int]:
+def terms_of(plan: Plan, round_: int, contributors: Sequence[Contributor], segments: int) -> list[int]:
     """How many updates each encrypted segment of a message is the sum of: those of the ranks that reach its tier."""
     if plan.aggregate != "separate":
         return [1] * segments  # product: combinations, and heads in ciphertexts of which a sum is no longer
-    return [sum(c.rank >= tier for c in contributors) for tier in plan.tiers[:segments]]
+    terms = [sum(c.rank >= tier for c in contributors) for tier in plan.tiers]
+    each = 2 if pruning.counts_kept(plan, round_) else 1  # segments of a tier
+    return [k for k in terms for _ in range(each)][:segments]
 
 
 def sizes(
@@ -203,7 +205,7 @@ def sizes(
     clear, secret = counts(plan, kind, round_, rank, contributors)
     hidden = sum(
         blocks_for(session.public, entries) * session.public.sum_bytes(terms)
-        for entries, terms in zip(secret, terms_of(plan, contributors, len(secret)), strict=True)
+        for entries, terms in zip(secret, terms_of(plan, round_, contributors, len(secret)), strict=True)
     )
     mask = pruning.mask_entries(plan, plan.factors(round_), round_, rank) if plan.aggregate == "separate" else ()
     return (

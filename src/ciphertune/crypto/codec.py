@@ -48,7 +48,7 @@ def cut(residues: Residues, width: int) -> bytes:
 def widen(data: npt.NDArray[np.uint8], width: int) -> Residues:
     """Bytes (rows, n * width) -> residues (rows, n)."""
     out = np.zeros((len(data), data.shape[1] // width, 8), np.uint8)
-    out[..., :width] = data.reshape(len(data), -1, width)
+    out[..., :width] = data.reshape(*out.shape[:2], width)
     return out.view("<u8")[..., 0]
 
 

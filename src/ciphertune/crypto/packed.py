@@ -111,7 +111,7 @@ class PackedPublic:
     def _blocks(self, body: bytes, size: int) -> npt.NDArray[np.uint8]:
         if len(body) % size:
             raise FormatError(f"{len(body)} bytes are no whole number of {size}-byte ciphertexts")
-        return np.frombuffer(body, np.uint8).reshape(-1, size)
+        return np.frombuffer(body, np.uint8).reshape(len(body) // size, size)
 
     def _residues(self, data: npt.NDArray[np.uint8]) -> Residues:
         residues = codec.widen(data, self.params.width)
