@@ -201,7 +201,9 @@ def adapt(
 def _checkpoint(base: PreTrainedModel, name: str) -> None:
     """Keep only each block's input for the backward pass, and compute the rest again there (arXiv 1604.06174)."""
     if not base.supports_gradient_checkpointing:
-        raise ModelError(f"model.name={name!r} does not support it: set model.gradient_checkpointing=false")
+        raise ModelError(
+            f"model.name={name!r} cannot compute its activations again: set model.gradient_checkpointing=false"
+        )
     # also makes the embeddings' output require a gradient, since no parameter of the base does
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
