@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -192,7 +193,8 @@ def terms_of(plan: Plan, round_: int, contributors: Sequence[Contributor], segme
     """How many updates each encrypted segment of a message is the sum of: those of the ranks that reach its tier."""
     if plan.aggregate != "separate":
         return [1] * segments  # product: combinations, and heads in ciphertexts of which a sum is no longer
-    terms = [sum(c.rank >= tier for c in contributors) for tier in plan.tiers]
+    ranks = sorted(c.rank for c in contributors)
+    terms = [len(ranks) - bisect_left(ranks, tier) for tier in plan.tiers]
     each = 2 if pruning.counts_kept(plan, round_) else 1  # segments of a tier
     return [k for k in terms for _ in range(each)][:segments]
 

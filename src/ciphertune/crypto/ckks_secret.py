@@ -83,8 +83,13 @@ def _secret_context(params: CkksParams, key: SecretKey) -> Any:
     expected = params.poly_modulus_degree * len(params.coeff_mod_bits)
     if words.size != expected:
         raise KeyFileError(f"key {key.fingerprint.hex()} has {words.size} residues where {expected} are expected")
+    if not words.any():
+        raise KeyFileError(f"key {key.fingerprint.hex()} is all zero: everybody could read what it encrypts")
     parms_id = CkksPublic(params).context.seal_context().data.key_parms_id()
     # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
     meta = struct.pack("<4QQd", *parms_id, words.size, 1.0)
     blob = codec.with_header(meta + codec.seal_array(words))
-    return ts.context_from(context_bytes(params) + codec.field(3, codec.field(1, blob)), n_threads=1)
+    try:
+        return ts.context_from(context_bytes(params) + codec.field(3, codec.field(1, blob)), n_threads=1)
+    except (RuntimeError, ValueError):
+        raise KeyFileError(f"key {key.fingerprint.hex()} is not valid under its parameters") from None

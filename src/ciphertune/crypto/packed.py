@@ -91,6 +91,7 @@ class PackedPublic:
 
     def summed(self, body: bytes, terms: int) -> tuple[list[list[bytes]], Residues]:
         """Seeds of each block, or none where both polynomials travelled, and residues (blocks, 1 or 2, N)."""
+        self.check_terms(terms)
         blocks, seeds = self._blocks(body, self.sum_bytes(terms)), self._seeds(terms)
         found = [[row[i : i + SEED_BYTES].tobytes() for i in range(0, seeds, SEED_BYTES)] for row in blocks]
         residues = self._residues(blocks[:, seeds:])
@@ -99,6 +100,13 @@ class PackedPublic:
     def pack_sum(self, seeds: Sequence[bytes], residues: Sequence[Residues]) -> bytes:
         """The inverse of `summed`, one block."""
         return b"".join((*sorted(seeds), *(codec.cut(r, self.params.width) for r in residues)))
+
+    def check_terms(self, terms: int) -> None:
+        """Raise FormatError unless the parameters carry a sum of so many updates."""
+        if not 1 <= terms <= self.params.max_updates:
+            raise FormatError(
+                f"a sum of {terms} updates: crypto.max_updates={self.params.max_updates} allows 1 to that"
+            )
 
     def keeps_seeds(self, terms: int) -> bool:
         """Whether a sum of that many travels with seeds."""
@@ -173,6 +181,7 @@ class PackedSum:
     def add(self, body: bytes) -> None:
         """Add one vector; see `Aggregator.add`."""
         seeds, residues = self._public.fresh(body)
+        self._public.check_terms(1 + max(self._terms[: len(residues)], default=0))
         missing = len(residues) - len(self._first)
         if missing > 0:
             self._first = np.concatenate([self._first, np.zeros((missing, self._public.slots), np.uint64)])
@@ -216,7 +225,7 @@ def _context(params: PackedParams) -> tuple[Any, int, int]:
     degree = params.poly_modulus_degree
     parameters = seal.EncryptionParameters(_SCHEME[params.scheme])
     parameters.set_poly_modulus_degree(degree)
-    plain = 0
+    plain, plain_bits = 0, params.plain_bits if params.scheme == "bfv" else 0
     try:
         primes = seal.CoeffModulus.Create(degree, [params.modulus_bits])
         parameters.set_coeff_modulus(primes)
@@ -225,9 +234,8 @@ def _context(params: PackedParams) -> tuple[Any, int, int]:
             parameters.set_plain_modulus(modulus)
             plain = int(modulus.value())
     except (RuntimeError, ValueError) as error:
-        raise SettingsError(
-            f"crypto.modulus_bits={params.modulus_bits}: there is no prime of this size at poly_modulus_degree={degree}"
-        ) from error
+        sizes = f"modulus_bits={params.modulus_bits}" + (f", plain_bits={params.plain_bits}" if plain_bits else "")
+        raise SettingsError(f"crypto.{sizes}: there is no such prime at poly_modulus_degree={degree}") from error
     context = seal.SEALContext(parameters, True, seal.SEC_LEVEL_TYPE.TC128)
     if not context.parameters_set():
         raise SettingsError(f"SEAL refuses the parameters: {context.parameters_error_message()}")

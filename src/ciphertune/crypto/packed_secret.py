@@ -75,6 +75,8 @@ class PackedSecret:
             raise KeyFileError(
                 f"key {key.fingerprint.hex()} has {words.size} residues where {params.poly_modulus_degree} are expected"
             )
+        if not words.any():
+            raise KeyFileError(f"key {key.fingerprint.hex()} is all zero: everybody could read what it encrypts")
         # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
         meta = struct.pack("<4QQd", *self.public.context.key_parms_id(), words.size, 1.0)
         loaded = seal.SecretKey()

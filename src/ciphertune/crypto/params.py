@@ -139,6 +139,8 @@ class PackedParams:
 
     def __post_init__(self) -> None:
         degree, bits = self.poly_modulus_degree, self.modulus_bits
+        if self.scheme not in SCHEMES:
+            raise SettingsError(f"scheme {self.scheme!r} is not one of: {', '.join(SCHEMES)}")
         if degree not in SECURITY_128:
             raise SettingsError(
                 f"crypto.poly_modulus_degree={degree} is not one of: {', '.join(map(str, SECURITY_128))}"
@@ -154,9 +156,10 @@ class PackedParams:
         if self.scheme == "bfv":
             self._check_noise()
         if self.scale_bits < 10:
+            most = 2.0 ** (self.carrier_bits - 12) / self._growth
             raise SettingsError(
                 f"crypto.bound={self.bound:g} leaves {self.scale_bits} bits after the point in a "
-                f"{self.carrier_bits}-bit modulus: lower the bound to {2.0 ** (self.carrier_bits - 12):g}, or raise "
+                f"{self.carrier_bits}-bit modulus: lower the bound to {most:g}, or raise "
                 f"crypto.{'plain' if self.scheme == 'bfv' else 'modulus'}_bits"
             )
 
@@ -184,12 +187,17 @@ class PackedParams:
     @property
     def scale_bits(self) -> int:
         """log2 of the number that values are multiplied by before they are rounded to integers."""
-        return self.carrier_bits - 2 - math.ceil(math.log2(self.bound))
+        return self.carrier_bits - 2 - max(0, math.ceil(math.log2(self.bound * self._growth)))
+
+    @property
+    def _growth(self) -> float:
+        """Largest coefficient of an encoding over its largest value: slots of bound + i bound can make 4 / pi."""
+        return 4 / math.pi if self.scheme == "ckks" else 1.0
 
     @property
     def largest(self) -> float:
-        """Largest absolute value that a sum may take. A complex slot of two such is sqrt(2) larger: still below q/2."""
-        return 2.0 ** (self.carrier_bits - 2 - self.scale_bits)
+        """Largest absolute value that a sum may take: its coefficients stay below a quarter of the modulus."""
+        return 2.0 ** (self.carrier_bits - 2 - self.scale_bits) / self._growth
 
     @property
     def slots(self) -> int:
@@ -217,7 +225,8 @@ class PackedParams:
 
     def digest(self) -> bytes:
         """16 bytes over everything that both ends must share to read each other."""
-        text = json.dumps({"layout": "packed 1", "library": LIBRARY, **asdict(self)}, sort_keys=True)
+        facts = {"layout": "packed 1", "library": LIBRARY, "scale_bits": self.scale_bits, **asdict(self)}
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()[:16]
 
     def error_bound(self, contributors: int, magnitude: float) -> float:
