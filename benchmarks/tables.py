@@ -152,8 +152,59 @@ def fedshield_table(found: dict[str, Any]) -> list[str]:
     return [*rows, "", f"The paper's claim, 40 % less than the baseline, holds with the {'; with the '.join(claims)}."]
 
 
+def crypto_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/crypto.py: bytes are exact, seconds of the processor as ratios to row A."""
+    many = found["about"]["many"]
+    rows = [
+        "| encryption | client encrypts | server adds | client decrypts | up | down | down, sum of "
+        f"{many} | largest error |",
+        "|" + "---|" * 8,
+    ]
+    for r in found["rows"].values():
+        times = [f"{r['over_a'][s]:.3f}" for s in ("client encrypt", "server add", "client decrypt")]
+        sizes = [f"{r['bytes_per_value'][w]:.2f}" for w in ("up", "down", "down_many")]
+        rows.append(f"| {r['label']} | {' | '.join(times)} | {' | '.join(sizes)} | {r['error_of_mean']:.0e} |")
+    aims = "; ".join(
+        f"{a['name']} {a['found']:.3f} (aim {a['wanted']:g}, {'met' if a['met'] else '**missed**'})"
+        for a in found["aims"]
+    )
+    about = found["about"]
+    return [
+        *rows,
+        "",
+        f"Seconds as ratios to row A; bytes per value. {about['values']:,} values, {about['clients']} clients, medians "
+        f"of {about['repeat']}. Aims, as ratios to A: {aims}.",
+    ]
+
+
+def scale_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/scale.py: what was foreseen beside what was measured."""
+    rows = [
+        "| method | | up | down | client seals | client opens | server adds | server releases | client peak "
+        "| server peak |",
+        "|" + "---|" * 10,
+    ]
+    for name, r in found["methods"].items():
+        for kind in ("forecast", "measured"):
+            f = r[kind]
+            sizes = " | ".join(f"{f[w] / 1e6:.1f} MB" for w in ("bytes_up", "bytes_down"))
+            stages = ("seal_seconds", "unseal_seconds", "add_seconds", "release_seconds")
+            times = " | ".join(f"{f[s]:.2f} s" for s in stages)
+            peaks = " | ".join(f"{f[w] / 2**20:,.0f} MiB" for w in ("client_memory", "server_memory"))
+            rows.append(f"| `{name}` | {kind} | {sizes} | {times} | {peaks} |")
+    about = found["about"]
+    return [
+        *rows,
+        "",
+        f"{about['model']}, rank {about['rank']}, {about['clients']} clients; per client and round, the server for all. "
+        "Peaks are what a process rose by after its libraries were loaded.",
+    ]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "round": round_table,
+    "crypto": crypto_table,
+    "scale": scale_table,
     "fedshield": fedshield_table,
     "she_lora_accuracy": she_lora_accuracy_table,
     "default": default_table,

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
@@ -836,3 +837,19 @@ print(json.dumps(sorted(n for n in sys.modules if n.startswith("ciphertune"))))
     loaded = json.loads(done.stdout)
     assert "ciphertune.crypto.packed" in loaded
     assert not [name for name in loaded if "secret" in name or name.endswith((".keys", ".masks", ".indices"))]
+
+
+def test_the_servers_memory_does_not_grow_with_the_number_of_clients() -> None:
+    secret, blocks = shared_secret(SMALL), 8
+    bodies = [secret.encrypt(np.zeros(blocks * SMALL.slots)) for _ in range(3)]
+    peaks = []
+    for clients in (10, 300):  # 160 and more travel as two polynomials
+        tracemalloc.start()
+        total = secret.public.aggregator()
+        for i in range(clients):
+            total.add(bodies[i % 3])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    polynomial = 8 * blocks * SMALL.slots
+    assert peaks[0] < 6 * polynomial  # the sum, an update as bytes and as residues, and what numpy needs on the way
+    assert peaks[1] < peaks[0] + 160 * blocks * 150 + 2 * polynomial  # seeds up to 160, then the second polynomials
