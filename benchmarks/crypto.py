@@ -416,12 +416,12 @@ def main() -> None:
 def _print(rows: dict[str, dict[str, Any]], found: list[dict[str, Any]], values: int) -> None:
     table = Table(title=f"{values:,} values; in brackets over row A")
     for column in ("row", *STAGES, "up B/value", "down B/value", f"of {MANY}", "error"):
-        table.add_column(column, justify="left" if column == "row" else "right")
+        table.add_column(column, justify="left" if column == "row" else "right", no_wrap=column == "row")
     for r in rows.values():
         times = [f"{r['seconds'][s]:.3g} ({r['over_a'][s]:.3f})" if s in r["seconds"] else "-" for s in STAGES]
         sizes = [f"{r['bytes_per_value'][w]:.2f} ({r['over_a'][w]:.3f})" for w in ("up", "down", "down_many")]
         table.add_row(r["label"], *times, *sizes, f"{r['error_of_mean']:.1e}")
-    Console(width=190).print(table)
+    Console(width=210).print(table)
     for aim in found:
         print(
             f"{aim['name']}: {aim['found']:.3f} of row A, aim at most {aim['wanted']:g}: "

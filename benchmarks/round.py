@@ -1,24 +1,32 @@
 """One round of exchange per method: bytes per client, seconds per stage, ratios to plaintext FedAvg of both factors.
 
-    python benchmarks/round.py            adapter shapes of the embedded model, ranks 2, 4, 8, 8
-    python benchmarks/round.py --hidden 2048 --layers 16 --repeat 3
+    python benchmarks/round.py                         the embedded model, and 2 layers of a Llama of width 2048
+    python benchmarks/round.py --hidden 4096 --layers 4 --repeat 3        only a Llama of this width
+    python benchmarks/round.py --run RUN [RUN ...]     also: the share of cryptography in rounds of finished runs
 
-Two rounds of each method are timed, so that a method which alternates between the factors counts both. Bytes are exact;
-seconds depend on the machine, so read the ratios. Results go to benchmarks/results/round.json.
+Two rounds of each method are made of real messages (`seal`, the server's sum, `unseal`), so that a method which
+alternates between the factors counts both. Plaintext FedAvg sends both factors in float32, both ways. Bytes are exact;
+those of a round of 1000 clients follow from `wire.sizes`. Seconds are of the processor; read them as ratios.
+A run's rounds.jsonl says how long its clients sealed, unsealed, loaded, trained and evaluated, in wall time.
+Results go to benchmarks/results/round.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -34,12 +42,43 @@ from ciphertune.crypto.secret import SecretPart
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.ranks import Contributor
-from ciphertune.settings import Settings, ckks_params, compose
+from ciphertune.settings import Settings, ckks_params, compose, packed_params
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("fedavg", "full_he", "sealed")
-RANKS, SAMPLES = (2, 4, 8, 8), (400, 600, 1000, 1200)
+METHODS = {  # name: overrides
+    "fedavg": ("method=fedavg",),
+    "full_he": ("method=full_he",),
+    "sealed": ("method=sealed",),  # crypto=ckks_packed
+    "sealed crypto=ckks_packed_48": ("method=sealed", "crypto=ckks_packed_48"),
+    "sealed crypto=bfv_packed": ("method=sealed", "crypto=bfv_packed"),
+    "sealed crypto=ckks": ("method=sealed", "crypto=ckks"),
+}
+SAMPLES = (400, 600, 1000, 1200)  # of the four clients
+MANY = 1000  # clients, where bytes are computed
+# Largest total bytes over those of plaintext FedAvg; largest share of a client's round that is cryptography.
+AIMS = {"sealed": 1.0, "sealed crypto=ckks_packed_48": 1.15}
+SHARE = 0.05
+CRYPTOGRAPHY, ROUND = ("seal", "unseal"), ("load", "unseal", "evaluate", "train", "seal")  # stages of a client
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's adapted layers, and the ranks of the four clients. hidden: its width, 0 for the embedded model."""
+
+    name: str
+    hidden: int
+    layers: int
+    ranks: tuple[int, ...]
+
+
+EMBEDDED = Shape("embedded", 0, 4, (2, 4, 8, 8))
+
+
+def llamas(hidden: int, layers: int) -> list[Shape]:
+    """Equal ranks and unequal ones."""
+    ranks = {"equal ranks": (16, 16, 16, 16), "unequal ranks": (8, 16, 16, 32)}
+    return [Shape(f"{layers} layers of {hidden}, {name}", hidden, layers, r) for name, r in ranks.items()]
 
 
 def shapes(hidden: int, layers: int) -> tuple[LayerShape, ...]:
@@ -73,19 +112,40 @@ def secret(settings: Settings) -> SecretPart:
     """A client's half with a fresh key."""
     if settings.crypto.backend == "clear":
         return ClearSecret(ClearPublic(settings.crypto.precision), settings.crypto.bound)
+    key = generate_key(settings.crypto)
+    if settings.crypto.packed:
+        from ciphertune.crypto.packed_secret import PackedSecret
+
+        return PackedSecret(packed_params(settings.crypto), key)
     from ciphertune.crypto.ckks_secret import CkksSecret
 
-    return CkksSecret(ckks_params(settings.crypto), generate_key(settings.crypto))
+    return CkksSecret(ckks_params(settings.crypto), key)
 
 
-def measure(method: str, layers: tuple[LayerShape, ...], repeat: int) -> dict[str, Any]:
+def message_bytes(link: wire.Session, kind: int, round_: int, rank: int, people: Sequence[Contributor]) -> int:
+    """Bytes of a message without making one: all that is no part of it is in an empty one."""
+    empty = wire.Message(kind, link.plan.factors(round_), round_, 0, rank, 1, tuple(people), b"", b"")
+    return len(wire.encode(empty, link)) + sum(wire.sizes(link, kind, round_, rank, people))
+
+
+def many_bytes(link: wire.Session, ranks: tuple[int, ...]) -> tuple[float, float]:
+    """Mean bytes up and down per client of a round of a thousand of these ranks."""
+    people = [Contributor(ranks[k % len(ranks)], 1) for k in range(MANY)]
+    cells = [(round_, rank) for round_ in (0, 1) for rank in ranks]
+    up = [message_bytes(link, wire.UPDATE, round_, rank, [Contributor(rank, 1)]) for round_, rank in cells]
+    down = [message_bytes(link, wire.AGGREGATE, round_, rank, people) for round_, rank in cells]
+    return statistics.fmean(up), statistics.fmean(down)
+
+
+def measure(overrides: Sequence[str], shape: Shape, repeat: int) -> dict[str, Any]:
     """Means over clients and the two rounds; seconds are medians over repeats."""
-    settings = compose(ROOT / "conf", [f"method={method}"])
-    plan = make_plan(settings, layers, (), tuple(sorted(set(RANKS))))
+    settings = compose(ROOT / "conf", overrides)
+    layers, ranks = shapes(shape.hidden, shape.layers), shape.ranks
+    plan = make_plan(settings, layers, (), tuple(sorted(set(ranks))))
     part = secret(settings)
     link = session(settings, plan, run=1, key_fingerprint=part.fingerprint)
     rng = np.random.default_rng(0)
-    clients = [adapter(layers, rank, rng) for rank in RANKS]
+    clients = [adapter(layers, rank, rng) for rank in ranks]
     seconds: dict[str, list[float]] = defaultdict(list)
     up: list[int] = []
     down: list[int] = []
@@ -95,66 +155,155 @@ def measure(method: str, layers: tuple[LayerShape, ...], repeat: int) -> dict[st
         for round_ in (0, 1):
             total = SeparateSum(link, round_, sum(SAMPLES))
             for k, mine in enumerate(clients):
-                start = time.perf_counter()
+                start = time.process_time()
                 data = seal(mine, link, part, round_=round_, sender=k + 1, samples=SAMPLES[k], total=sum(SAMPLES))
-                once["client seal"] += (time.perf_counter() - start) / (2 * len(RANKS))
-                start = time.perf_counter()
-                total.add(data, sender=k + 1, who=Contributor(RANKS[k], SAMPLES[k]))
-                once["server add"] += (time.perf_counter() - start) / 2
+                once["client seal"] += (time.process_time() - start) / (2 * len(ranks))
+                start = time.process_time()
+                total.add(data, sender=k + 1, who=Contributor(ranks[k], SAMPLES[k]))
+                once["server add"] += (time.process_time() - start) / 2
                 up.append(len(data))
-            start = time.perf_counter()
+            start = time.process_time()
             aggregate = total.release(2)
-            answers = [wire.encode(cut(aggregate, link, rank), link) for rank in RANKS]
-            once["server release"] += (time.perf_counter() - start) / 2
+            answers = [wire.encode(cut(aggregate, link, rank), link) for rank in ranks]
+            once["server release"] += (time.process_time() - start) / 2
             for mine, data in zip(clients, answers, strict=True):
-                start = time.perf_counter()
-                unseal(data, link, part, round_=round_, rank=mine.rank, base=mine)
-                once["client unseal"] += (time.perf_counter() - start) / (2 * len(RANKS))
+                start = time.process_time()
+                unseal(data, link, part, round_=round_, rank=min(mine.rank, aggregate.rank), base=mine)
+                once["client unseal"] += (time.process_time() - start) / (2 * len(ranks))
                 down.append(len(data))
         for stage, value in once.items():
             seconds[stage].append(value)
+    up_many, down_many = many_bytes(link, ranks)
     return {
         "bytes_up": statistics.fmean(up),
         "bytes_down": statistics.fmean(down),
+        "bytes_up_many": up_many,
+        "bytes_down_many": down_many,
         "seconds": {stage: statistics.median(values) for stage, values in seconds.items()},
     }
+
+
+def compare(shape: Shape, repeat: int) -> dict[str, Any]:
+    """All methods at one shape, with ratios to plaintext FedAvg."""
+    found = {m: measure(o, shape, repeat) for m, o in track(METHODS.items(), description=shape.name)}
+    base = found["fedavg"]
+    for result in found.values():
+        result["ratio_up"] = result["bytes_up"] / base["bytes_up"]
+        result["ratio_down"] = result["bytes_down"] / base["bytes_down"]
+        result["ratio_total"] = (result["bytes_up"] + result["bytes_down"]) / (base["bytes_up"] + base["bytes_down"])
+        many, plain = (r["bytes_up_many"] + r["bytes_down_many"] for r in (result, base))
+        result["ratio_total_many"] = many / plain
+        result["ratio_seconds"] = sum(result["seconds"].values()) / sum(base["seconds"].values())
+    return found
+
+
+def describe(shape: Shape, repeat: int) -> dict[str, Any]:
+    """What the figures of a shape are of."""
+    layers = shapes(shape.hidden, shape.layers)
+    return {
+        "layers": len(layers),
+        "values_of_both_factors_per_rank": sum(x.m + x.n for x in layers),
+        "ranks": shape.ranks,
+        "samples": SAMPLES,
+        "repeat": repeat,
+    }
+
+
+def share_of_run(folder: Path) -> dict[str, Any]:
+    """How much of its clients' rounds a finished run spent on cryptography, packing and framing included."""
+    totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["node"] != "server" and row["stage"] in ROUND:
+            totals[row["node"]][row["stage"]] += row["seconds"]
+    if not totals:
+        raise SystemExit(f"{folder.name}/rounds.jsonl holds no stage of a client")
+    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    seconds = {stage: sum(node.get(stage, 0.0) for node in totals.values()) for stage in ROUND}
+    spent = sum(seconds[stage] for stage in CRYPTOGRAPHY)
+    return {
+        "method": settings["method"]["name"],
+        "crypto": settings["crypto"]["backend"],
+        "model": Path(settings["model"]["name"]).name,
+        "nodes": len(totals),
+        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
+        "share_of_round": spent / sum(seconds.values()),
+        "share_of_training_and_cryptography": spent / (spent + seconds["train"]),
+        "largest_share_of_a_node": max(
+            sum(n.get(s, 0.0) for s in CRYPTOGRAPHY) / sum(n.values()) for n in totals.values()
+        ),
+    }
+
+
+def aims(found: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was aimed at, what came out, and whether that is enough."""
+
+    def aim(name: str, wanted: float, value: float) -> dict[str, Any]:
+        return {"name": name, "wanted": wanted, "found": value, "met": value <= wanted}
+
+    out = []
+    for shape, methods in found.items():
+        for method, most in AIMS.items():
+            r = methods[method]
+            out.append(aim(f"{method}, {shape}: total bytes over fedavg", most, r["ratio_total"]))
+            out.append(aim(f"{method}, {shape}: of {MANY} clients", most, r["ratio_total_many"]))
+    for run, r in runs.items():
+        if r["crypto"] != "clear":
+            out.append(aim(f"{run}: share of a client's round on cryptography", SHARE, r["share_of_round"]))
+    return out
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=0, help="width of the model (default: the embedded one)")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=0, help="measure only Llamas of this width")
+    parser.add_argument("--layers", type=int, default=2, help="of the Llamas")
+    parser.add_argument("--repeat", type=int, default=5, help="of the larger shapes at most 2")
+    parser.add_argument("--run", type=Path, nargs="+", default=(), help="folders of finished runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/round.json")
     options = parser.parse_args()
-    layers = shapes(options.hidden, options.layers)
-    results = {m: measure(m, layers, options.repeat) for m in track(METHODS, description="methods")}
-    base = results["fedavg"]
-    for result in results.values():
-        result["ratio_up"] = result["bytes_up"] / base["bytes_up"]
-        result["ratio_down"] = result["bytes_down"] / base["bytes_down"]
-        result["ratio_total"] = (result["bytes_up"] + result["bytes_down"]) / (base["bytes_up"] + base["bytes_down"])
-        result["ratio_seconds"] = sum(result["seconds"].values()) / sum(base["seconds"].values())
-    about = {
-        "layers": len(layers),
-        "values_of_both_factors_per_rank": sum(x.m + x.n for x in layers),
-        "ranks": RANKS,
-        "samples": SAMPLES,
-        "repeat": options.repeat,
-        "machine": platform.machine(),
-        "versions": versions(),
+    runs = {folder.resolve().name: share_of_run(folder) for folder in options.run}
+    if len(runs) < len(options.run):
+        parser.error("--run: two folders have the same name")
+    chosen = llamas(options.hidden, options.layers) if options.hidden else [EMBEDDED, *llamas(2048, options.layers)]
+    repeats = {shape: min(options.repeat, 2 if shape.hidden else options.repeat) for shape in chosen}
+    load = round(os.getloadavg()[0], 2)
+    found = {shape: compare(shape, repeats[shape]) for shape in chosen}
+    first, *others = found
+    results = {
+        "about": describe(first, repeats[first])
+        | {
+            "shape": first.name,
+            "many": MANY,
+            "machine": platform.machine(),
+            "load_before": load,
+            "versions": versions(),
+        },
+        "methods": found[first],
+        "shapes": {s.name: {"about": describe(s, repeats[s]), "methods": found[s]} for s in others},
+        "runs": runs,
+        "aims": aims({s.name: methods for s, methods in found.items()}, runs),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"about": about, "methods": results}, indent=2) + "\n")
-    table = Table(title="per client and round")
-    for column in ("method", "up", "down", "total / fedavg", *base["seconds"], "seconds / fedavg"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for method, r in results.items():
-        stages = [f"{s * 1000:.1f} ms" for s in r["seconds"].values()]
-        row = [f"{r['bytes_up'] / 1e3:.1f} kB", f"{r['bytes_down'] / 1e3:.1f} kB", f"{r['ratio_total']:.2f}"]
-        table.add_row(method, *row, *stages, f"{r['ratio_seconds']:.1f}")
-    Console(width=130).print(table)
+    options.out.write_text(json.dumps(results, indent=2) + "\n")
+    for shape, methods in found.items():
+        Console(width=160).print(_table(shape, methods))
+    for aim in results["aims"]:
+        print(f"{aim['name']}: {aim['found']:.3f}, aim at most {aim['wanted']:g}: {'met' if aim['met'] else 'MISSED'}")
+
+
+def _table(shape: Shape, methods: dict[str, Any]) -> Table:
+    table = Table(title=f"{shape.name}, ranks {'/'.join(map(str, shape.ranks))}: per client and round")
+    stages = methods["fedavg"]["seconds"]
+    milliseconds = [f"{stage}, ms" for stage in stages]
+    for column in ("method", "up, kB", "down, kB", "/ fedavg", f"of {MANY}", *milliseconds, "/ fedavg"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for method, r in methods.items():
+        times = [f"{s * 1000:.1f}" for s in r["seconds"].values()]
+        row = [f"{r['bytes_up'] / 1e3:,.1f}", f"{r['bytes_down'] / 1e3:,.1f}"]
+        row += [f"{r['ratio_total']:.3f}", f"{r['ratio_total_many']:.3f}"]
+        table.add_row(method, *row, *times, f"{r['ratio_seconds']:.1f}")
+    return table
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `ciphertune compare`, `ciphertune keys`."""
+"""The command line: `ciphertune run`, `ciphertune plan`, `ciphertune compare`, `ciphertune keys`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--verbose", action="store_true", help="show all of Flower's log")
     run.set_defaults(action=_run)
 
+    _add_plan(commands)
     _add_compare(commands)
     keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(
         required=True, metavar="action"
@@ -77,6 +78,28 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path)
     show.set_defaults(action=_keys_show)
     return root
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a round of each method would cost, before anything runs",
+        description="Bytes, ciphertexts, seconds and memory of a round under each method, from the model's config.json "
+        "alone and two seconds of calibration on this machine.",
+        epilog="Overrides are those of `ciphertune run`; besides, model=NAME (Llama-2-7B, Llama-2-13B, Llama-3-8B, "
+        "Qwen3-4B, Mistral-7B, a folder or a config.json), rank=R for all clients, clients=N.",
+    )
+    plan.add_argument("overrides", nargs="*", help="e.g. model=Llama-2-7B rank=32 clients=4")
+    plan.add_argument("--methods", help="names with commas between (default: all but local)")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    plan.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
+    plan.set_defaults(action=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ciphertune.forecast import plan
+
+    return plan(options.app, options.overrides, methods=options.methods, out=options.json)
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
