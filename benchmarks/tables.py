@@ -196,8 +196,8 @@ def scale_table(found: dict[str, Any]) -> list[str]:
     return [
         *rows,
         "",
-        f"{about['model']}, rank {about['rank']}, {about['clients']} clients; per client and round, the server for all. "
-        "Peaks are what a process rose by after its libraries were loaded.",
+        f"{about['model']}, rank {about['rank']}, {about['clients']} clients; per client and round, the server for "
+        "all of them. Peaks are what a process rose by after its libraries were loaded.",
     ]
 
 
