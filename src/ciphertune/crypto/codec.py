@@ -30,6 +30,7 @@ Residues = npt.NDArray[np.uint64]
 _SEAL_MAGIC = 0xA15E
 _HEADER = struct.Struct("<HBBBBHQ")  # magic, header size, major, minor, compression, reserved, total size
 _META = struct.Struct("<32sBQQQdQ")
+_DECOMPRESSOR = zstandard.ZstdDecompressor()
 _BLAKE2XB = 1  # the generator that expands a seed
 
 
@@ -42,7 +43,7 @@ def pack(residues: Residues, widths: Sequence[int]) -> bytes:
 def cut(residues: Residues, width: int) -> bytes:
     """Residues (N,) -> the lowest `width` bytes of each."""
     raw = np.ascontiguousarray(residues, dtype="<u8").view(np.uint8).reshape(-1, 8)
-    return np.ascontiguousarray(raw[:, :width]).tobytes()
+    return raw[:, :width].tobytes()
 
 
 def widen(data: npt.NDArray[np.uint8], width: int) -> Residues:
@@ -113,8 +114,8 @@ def blob_body(blob: bytes) -> bytes:
     _, size, _, _, compression, _, total = _HEADER.unpack_from(blob)
     if total != len(blob) or compression not in (0, 2):
         raise FormatError("unexpected SEAL blob: this build of TenSEAL is not the pinned one")
-    body = blob[size:]
-    return zstandard.ZstdDecompressor().decompressobj().decompress(body) if compression == 2 else body
+    body = memoryview(blob)[size:]
+    return _DECOMPRESSOR.decompressobj().decompress(body) if compression == 2 else bytes(body)
 
 
 def tail_words(body: bytes, words: int) -> Residues:
@@ -142,9 +143,13 @@ def varint(value: int) -> bytes:
 
 
 class Scratch:
-    """A file in memory: SEAL's Python binding saves and loads by path only, and a key must not touch the disk."""
+    """A file in memory: SEAL's Python binding saves and loads by path only, and a key must not touch the disk.
 
-    def __init__(self) -> None:
+    keeps: what was written stays until the next use, which is faster: for ciphertexts, never for keys.
+    """
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        self._keeps = keeps
         if hasattr(os, "memfd_create"):
             self._fd = os.memfd_create("ciphertune", os.MFD_CLOEXEC)
             self.path = f"/proc/self/fd/{self._fd}"
@@ -153,18 +158,25 @@ class Scratch:
 
     def saved(self, save: Callable[[str], object]) -> bytes:
         """What `save(path)` writes."""
-        os.ftruncate(self._fd, 0)
-        save(self.path)
-        data = Path(self.path).read_bytes()
-        os.ftruncate(self._fd, 0)
+        save(self.path)  # opens the file anew, which empties it
+        data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
+        self._wipe()
         return data
 
     def load(self, blob: bytes, load: Callable[[str], object]) -> None:
         """Have `load(path)` read a blob that was written here."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, blob, 0)
+        os.pwrite(self._fd, blob, 0)  # SEAL does not read what an earlier, longer blob left behind it
         load(self.path)
-        os.ftruncate(self._fd, 0)
+        self._wipe()
+
+    def load_again(self, tail: bytes, size: int, load: Callable[[str], object]) -> None:
+        """As `load`, of the last blob, of that size, with another tail. Only where the file keeps it."""
+        os.pwrite(self._fd, tail, size - len(tail))
+        load(self.path)
+
+    def _wipe(self) -> None:
+        if not self._keeps:
+            os.ftruncate(self._fd, 0)
 
     def __del__(self) -> None:
         os.ftruncate(self._fd, 0)

@@ -1,12 +1,12 @@
 """The packed backends, the public half: fresh ciphertexts of one polynomial and a seed, and their sums.
 
 A ciphertext (c0, c1) of symmetric encryption has a uniformly random c1, which a 64-byte seed stands for. So a client
-sends c0 and the seed, half of the bytes. Of a sum the server keeps the sum of the c0 and, while they are shorter than
-a polynomial, all seeds: clients expand them. Adding ciphertexts is adding residues modulo q, done here on integers:
-SEAL only expands seeds, from blobs that were written here. Neither scheme matters to the server.
+sends c0 and the seed, half of the bytes. Of a sum the server keeps the sum of the c0 and, while they are few, all
+seeds: clients expand them. Adding the c0 is adding residues modulo q, done here on integers; SEAL expands seeds, from
+blobs that were written here, and adds what comes of them. Neither scheme matters to the server.
 
     fresh     seed 64 | c0                  N residues of ceil(bits / 8) bytes each, little-endian
-    sum of k  k seeds, ascending | c0       while 64 k is less than a polynomial
+    sum of k  k seeds, ascending | c0       up to MOST_SEEDS of them
               c0 | c1                       else
 """
 
@@ -24,7 +24,7 @@ import tenseal.sealapi as seal
 from ciphertune.crypto import codec
 from ciphertune.crypto.base import Aggregator
 from ciphertune.crypto.codec import Residues
-from ciphertune.crypto.params import SEED_BYTES, PackedParams
+from ciphertune.crypto.params import MOST_SEEDS, SEED_BYTES, PackedParams
 from ciphertune.errors import FormatError, SettingsError
 
 _SCHEME = {"ckks": seal.SCHEME_TYPE.CKKS, "bfv": seal.SCHEME_TYPE.BFV}
@@ -40,7 +40,7 @@ class PackedPublic:
         self.slots = params.slots
         self.block_bytes = params.block_bytes
         self.context, self.modulus, self.plain_modulus = _context(params)
-        self._scratch = codec.Scratch()
+        self._scratch, self._evaluator = codec.Scratch(keeps=True), seal.Evaluator(self.context)
         self._parms_id = struct.pack("<4Q", *self.context.first_parms_id())
 
     def digest(self) -> bytes:
@@ -113,8 +113,7 @@ class PackedPublic:
         return self._seeds(terms) > 0
 
     def _seeds(self, terms: int) -> int:
-        size = terms * SEED_BYTES
-        return size if size < self.params.poly_bytes else 0
+        return terms * SEED_BYTES if terms <= MOST_SEEDS else 0
 
     def _blocks(self, body: bytes, size: int) -> npt.NDArray[np.uint8]:
         if len(body) % size:
@@ -131,10 +130,14 @@ class PackedPublic:
 
     def expanded(self, residues: Residues, seeds: Sequence[bytes]) -> Any:
         """SEAL's ciphertext of first polynomial `residues` whose second one is the sum of what the seeds stand for."""
-        total = self._loaded(self._seeded(residues, seeds[0]))
-        evaluator = seal.Evaluator(self.context)
-        for seed in seeds[1:]:
-            evaluator.add_inplace(total, self._loaded(self._seeded(np.zeros_like(residues), seed)))
+        total, term, evaluator = self._loaded(self._seeded(residues, seeds[0])), seal.Ciphertext(), self._evaluator
+        if len(seeds) > 1:
+            blob = self._seeded(np.zeros_like(residues), seeds[1])
+            self._scratch.load(blob, lambda path: term.load(self.context, path))
+            evaluator.add_inplace(total, term)
+            for seed in seeds[2:]:  # only the seed differs
+                self._scratch.load_again(seed, len(blob), lambda path: term.load(self.context, path))
+                evaluator.add_inplace(total, term)
         return total
 
     def whole(self, residues: Residues) -> Any:
@@ -145,9 +148,20 @@ class PackedPublic:
             codec.seal_ciphertext(residues[:, None], self._parms_id, self._blob_scale, ntt=self._ntt),
         )
 
-    def second(self, seed: bytes) -> Residues:
-        """The second polynomial that a seed stands for, (N,)."""
-        ciphertext = self._loaded(self._seeded(np.zeros(self.slots, np.uint64), seed))
+    def add_seeds(self, ciphertext: Any, seeds: Sequence[bytes]) -> Any:
+        """Add what seeds stand for to a ciphertext of which only the second polynomial counts; None: an empty one."""
+        term = self.expanded(np.zeros(self.slots, np.uint64), seeds)
+        if ciphertext is None:
+            return term
+        self._evaluator.add_inplace(ciphertext, term)
+        return ciphertext
+
+    def second(self, *seeds: bytes) -> Residues:
+        """The sum of the second polynomials that seeds stand for, (N,)."""
+        return self.second_of(self.expanded(np.zeros(self.slots, np.uint64), seeds))
+
+    def second_of(self, ciphertext: Any) -> Residues:
+        """The second polynomial of SEAL's ciphertext, (N,)."""
         body = codec.blob_body(self._scratch.saved(ciphertext.save))
         return codec.tail_words(body, self.slots)
 
@@ -174,7 +188,7 @@ class PackedSum:
     def __init__(self, public: PackedPublic) -> None:
         self._public = public
         self._first = np.zeros((0, public.slots), np.uint64)
-        self._second: dict[int, Residues] = {}  # blocks whose seeds became longer than a polynomial
+        self._second: dict[int, Any] = {}  # of blocks with more terms than seeds travel
         self._seeds: list[list[bytes]] = []
         self._terms: list[int] = []
 
@@ -195,9 +209,7 @@ class PackedSum:
                 self._fold(i)
 
     def _fold(self, block: int) -> None:
-        total = self._second.setdefault(block, np.zeros(self._public.slots, np.uint64))
-        for seed in self._seeds[block]:
-            _add(total, self._public.second(seed), self._public.modulus)
+        self._second[block] = self._public.add_seeds(self._second.get(block), self._seeds[block])
         self._seeds[block] = []
 
     def blocks(self) -> int:
@@ -208,7 +220,7 @@ class PackedSum:
         """The first `blocks` ciphertexts of the sum."""
         parts = []
         for i in range(min(blocks, len(self._first))):
-            second = [self._second[i]] if i in self._second else []
+            second = [self._public.second_of(self._second[i])] if i in self._second else []
             parts.append(self._public.pack_sum(self._seeds[i], [self._first[i], *second]))
         return b"".join(parts)
 

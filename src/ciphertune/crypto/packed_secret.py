@@ -63,7 +63,7 @@ class PackedSecret:
         self._bound = params.bound
         self._processes = processes
         self._workers: Workers | None = None
-        self._scratch = codec.Scratch()
+        self._scratch = codec.Scratch(keeps=True)  # of ciphertexts
         context = self.public.context
         loaded = self._load(key, params)
         self._encryptor, self._decryptor = seal.Encryptor(context, loaded), seal.Decryptor(context, loaded)
@@ -81,7 +81,7 @@ class PackedSecret:
         meta = struct.pack("<4QQd", *self.public.context.key_parms_id(), words.size, 1.0)
         loaded = seal.SecretKey()
         try:
-            self._scratch.load(
+            codec.Scratch().load(  # gone with the key in it
                 codec.with_header(meta + codec.seal_array(words)), lambda path: loaded.load(self.public.context, path)
             )
         except (RuntimeError, ValueError):
@@ -114,10 +114,9 @@ class PackedSecret:
 
     def _decrypted(self, body: bytes, count: int, terms: int) -> Vector:
         seeds, residues = self.public.summed(body, terms)
-        out = [np.zeros(0)]
+        out, plain = [np.zeros(0)], seal.Plaintext()
         for own, polynomials in zip(seeds, residues, strict=True):
             ciphertext = self.public.expanded(polynomials[0], own) if own else self.public.whole(polynomials)
-            plain = seal.Plaintext()
             self._decryptor.decrypt(ciphertext, plain)
             out.append(self._encoder.decode(plain))
         return np.concatenate(out)[:count]
@@ -152,15 +151,18 @@ class _Ckks:
 
     def __init__(self, public: PackedPublic) -> None:
         self._encoder, self._scale = seal.CKKSEncoder(public.context), 2.0**public.params.scale_bits
+        self._plain = seal.Plaintext()
 
     def encode(self, values: Vector) -> Any:
         half = values.size // 2
-        plain = seal.Plaintext()
-        self._encoder.encode((values[:half] + 1j * values[half:]).tolist(), self._scale, plain)
-        return plain
+        slots = np.empty(half, np.complex128)
+        slots.real, slots.imag = values[:half], values[half:]
+        self._encoder.encode(slots.tolist(), self._scale, self._plain)
+        return self._plain
 
     def decode(self, plain: Any) -> Vector:
-        slots = np.array(self._encoder.decode_complex(plain))
+        found = self._encoder.decode_complex(plain)
+        slots = np.fromiter(found, np.complex128, len(found))
         return np.concatenate([slots.real, slots.imag])
 
 
@@ -169,14 +171,15 @@ class _Bfv:
 
     def __init__(self, public: PackedPublic) -> None:
         self._encoder, self._scale = seal.BatchEncoder(public.context), 2.0**public.params.scale_bits
+        self._plain = seal.Plaintext()
         # rounding hides nothing; it only has to be unbiased and different at every client
         self._random = np.random.default_rng(secrets.randbits(128))
 
     def encode(self, values: Vector) -> Any:
         units = np.floor(values * self._scale + self._random.random(values.size)).astype(np.int64)
-        plain = seal.Plaintext()
-        self._encoder.encode(units.tolist(), plain)
-        return plain
+        self._encoder.encode(units.tolist(), self._plain)
+        return self._plain
 
     def decode(self, plain: Any) -> Vector:
-        return np.array(self._encoder.decode_int64(plain), np.int64) / self._scale
+        found = self._encoder.decode_int64(plain)
+        return np.fromiter(found, np.int64, len(found)) / self._scale

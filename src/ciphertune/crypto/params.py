@@ -24,6 +24,9 @@ _DEVIATIONS = 9.0
 
 SCHEMES = ("ckks", "bfv")
 SEED_BYTES = 64  # of SEAL's pseudo-random generator
+# A sum of more travels with both polynomials: expanding more seeds takes longer than receiving what they stand for
+# over a line of some 200 Mbit/s (benchmarks/crypto.py times both forms).
+MOST_SEEDS = 8
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,10 @@ class PackedParams:
         if self.scheme == "bfv":
             self._check_noise()
         if self.scale_bits < 10:
-            most = 2.0 ** (self.carrier_bits - 12) / self._growth
+            largest = 2.0 ** (self.carrier_bits - 12) / self._growth
             raise SettingsError(
                 f"crypto.bound={self.bound:g} leaves {self.scale_bits} bits after the point in a "
-                f"{self.carrier_bits}-bit modulus: lower the bound to {most:g}, or raise "
+                f"{self.carrier_bits}-bit modulus: lower the bound to {largest:g}, or raise "
                 f"crypto.{'plain' if self.scheme == 'bfv' else 'modulus'}_bits"
             )
 
@@ -220,8 +223,8 @@ class PackedParams:
         return SEED_BYTES + self.poly_bytes
 
     def sum_bytes(self, terms: int) -> int:
-        """Bytes of a sum: one polynomial, and the seeds of all terms or the other polynomial, whatever is smaller."""
-        return self.poly_bytes + min(terms * SEED_BYTES, self.poly_bytes)
+        """Bytes of a sum: one polynomial, and the seeds of all terms or, of many, the other polynomial."""
+        return self.poly_bytes + (terms * SEED_BYTES if terms <= MOST_SEEDS else self.poly_bytes)
 
     def digest(self) -> bytes:
         """16 bytes over everything that both ends must share to read each other."""
