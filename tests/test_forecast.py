@@ -1,4 +1,4 @@
-"""`ciphertune plan`: its shapes are those of transformers and PEFT, its bytes those of messages that are really made."""
+"""`ciphertune plan`: shapes are those of transformers and PEFT, bytes those of messages that are really made."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_bytes_and_ciphertexts_are_those_of_messages_that_are_made(method: str, 
     settings = settings_of(CONF, [f"method={method}", UNEQUAL, "federation.min_clients=5"])
     link, people = settle(settings, LAYERS, heads)
     assert link.plan.tiers == (TIERS if link.plan.aggregate == "separate" else (*TIERS, 12))
-    for round_ in ROUNDS if heads else ROUNDS[:1]:
+    for round_ in ROUNDS if heads and link.plan.aggregate == "separate" else ROUNDS[:1]:
         found = [(x.up, x.down, x.ciphertexts_up, x.ciphertexts_down) for x in loads(link, people, round_)]
         assert found == exchanged(settings, heads, round_)
 
@@ -238,6 +238,7 @@ def test_bytes_and_ciphertexts_are_those_of_messages_that_are_made(method: str, 
     "words",
     [
         "method=fedshield method.prune=agreed method.prune_schedule=fixed method.prune_from=0 method.prune_until=4",
+        "method=fedshield method.prune_mean=kept method.prune_schedule=fixed method.prune_from=0",
         "method=maskcrypt method.fraction=0.3 crypto=ckks_packed",
         "method=sealed crypto=bfv_packed",
         "method=sealed crypto=clear crypto.precision=float64",
@@ -292,19 +293,19 @@ def test_plaintext_is_what_plaintext_is_compared_with(calibration: Calibration) 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "local"])
 def test_seconds_and_memory_grow_with_the_model(method: str, calibration: Calibration) -> None:
     words = f"method={method} rank=8 clients=3"
-    once, twice = of(calibration, words, wide(60)), of(calibration, words, wide(120))
+    once, twice = of(calibration, words, wide(600)), of(calibration, words, wide(1200))
     for name, value in asdict(once).items():
         if name.endswith(("seconds", "memory")):
             assert value > 0
-            # what does not grow: the beginning of a line, and a page of ciphertexts that is not full
-            assert 1.4 < asdict(twice)[name] / value < 2.2, name
+            # ciphertexts need not be full, and the first memory costs nothing
+            assert 1.2 < asdict(twice)[name] / value < 2.4, name
 
 
 @pytest.mark.parametrize("method", ["fedavg", "sealed", "full_he"])
 def test_memory_is_near_to_what_a_larger_round_takes(method: str, calibration: Calibration) -> None:
     settings = settings_of(CONF, f"method={method} rank=8 clients=2".split())
     layers = wide(40 if method == "full_he" else 400)
-    found = of(calibration, f"method={method} rank=8 clients=2", layers)
+    found = of(calibration, f"method={method} rank=8 clients=2", layers, rounds=(0,))
     link, _ = settle(settings, layers, ())
     part = secret_half(settings.crypto)
     link = replace(link, key_fingerprint=part.fingerprint)
@@ -346,6 +347,11 @@ def test_the_table_and_the_json_say_the_same(capsys: pytest.CaptureFixture[str],
     for method in written["methods"]:
         (line,) = (x for x in text.splitlines() if f" {method['method']} " in x)
         assert f"{method['bytes_up'] / 1e6:.1f} MB" in line and f"{method['over_plaintext']:.2f}" in line
+
+
+def test_an_override_that_no_method_goes_with_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"rank=0: want a whole number from 1 to 4096"):
+        methods_of(CONF, ["rank=0"], None)
 
 
 def test_methods_that_the_overrides_exclude_are_left_out_with_the_reason() -> None:
@@ -396,7 +402,8 @@ def test_shorthands_stand_for_overrides() -> None:
     ],
 )
 def test_mistakes_are_named_in_one_line(capsys: pytest.CaptureFixture[str], words: list[str], says: str) -> None:
-    status, out, err = run(capsys, *words)
+    given = any(w.startswith(("method", "--methods")) for w in words)
+    status, out, err = run(capsys, *words, *([] if given else ["--methods", "sealed"]))
     assert (status, out) == (2, "")
     assert says in err and err.count("\n") == 1
 

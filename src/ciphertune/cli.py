@@ -85,7 +85,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "plan",
         help="say what a round of each method would cost, before anything runs",
         description="Bytes, ciphertexts, seconds and memory of a round under each method, from the model's config.json "
-        "alone and two seconds of calibration on this machine.",
+        "alone and a calibration of seconds on this machine.",
         epilog="Overrides are those of `ciphertune run`; besides, model=NAME (Llama-2-7B, Llama-2-13B, Llama-3-8B, "
         "Qwen3-4B, Mistral-7B, a folder or a config.json), rank=R for all clients, clients=N.",
     )
