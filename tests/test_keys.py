@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -9,7 +10,9 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +67,39 @@ def test_save_never_overwrites_a_key(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["secret.key"]
 
 
+def test_of_many_who_save_at_once_one_succeeds_and_its_key_is_whole(path: Path) -> None:
+    barrier = Barrier(8)
+
+    def save(number: int) -> str:
+        barrier.wait()
+        try:
+            keys.save(small_key(number), path)
+            return "saved"
+        except KeyFileError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(save, range(8)))
+    assert said.count("saved") == 1
+    assert sum("is never overwritten" in s for s in said) == 7
+    assert keys.load(path).fingerprint == small_key(said.index("saved")).fingerprint
+    assert [p.name for p in path.parent.iterdir()] == ["secret.key"]
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(KeyFileError, match=f"cannot write {path}: No space left on device"):
+        keys.save(small_key(), path)
+    assert list(path.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_only_the_owner_can_read_a_saved_key_whatever_the_umask(path: Path, umask: int) -> None:
     old = os.umask(umask)
@@ -72,6 +108,7 @@ def test_only_the_owner_can_read_a_saved_key_whatever_the_umask(path: Path, umas
     finally:
         os.umask(old)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700  # it was made for the key
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601, 0o777])
@@ -99,8 +136,44 @@ def test_absent_file_names_the_remedy(path: Path) -> None:
 
 
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeyFileError, match="cannot read key file"):
+    with pytest.raises(KeyFileError, match=r"cannot read key file .*: it is a folder"):
         keys.load(tmp_path)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(KeyFileError, match=r"cannot read key file .*: it is no regular file"):
+        keys.load(tmp_path / "pipe")
+
+
+def test_key_of_another_user_is_refused_with_the_remedy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.save(small_key(), path)
+    me, owner = os.geteuid() + 4242, path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    with pytest.raises(KeyFileError) as caught:
+        keys.load(path)
+    assert f"belongs to user {owner}, not to user {me}" in str(caught.value)
+    assert str(caught.value).endswith(f": chown {me} {path}")
+
+
+def test_a_link_is_judged_by_the_file_it_leads_to(path: Path, tmp_path: Path) -> None:
+    keys.save(small_key(), path)
+    link = tmp_path / "link.key"
+    link.symlink_to(path)
+    assert keys.load(link).fingerprint == small_key().fingerprint
+    path.chmod(0o640)
+    with pytest.raises(KeyFileError, match="readable by others"):
+        keys.load(link)
+
+
+@pytest.mark.parametrize("length", [0, 3, 8, 20, 31, 32, 100, 127])
+def test_key_that_was_cut_off_is_called_so_with_the_remedy(path: Path, length: int) -> None:
+    keys.save(small_key(), path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(KeyFileError) as caught:
+        keys.load(path)
+    reason = f"is cut off after {length} bytes: copy it again" if length else "is not a ciphertune key file"
+    assert f"key file {path} {reason}" in str(caught.value)
 
 
 def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -113,7 +186,9 @@ def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def damaged(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    with pytest.raises(KeyFileError, match=r"is damaged: copy it again|is not a ciphertune key file of version 1"):
+    with pytest.raises(
+        KeyFileError, match=r"(is damaged|is cut off .*): copy it again|is not a ciphertune key file of version 1"
+    ):
         keys.load(path)
 
 
@@ -218,7 +293,106 @@ def test_a_derived_secret_is_the_same_for_all_holders_of_a_key_file_and_shows_no
     assert derived.hex() not in repr(mine) and not hasattr(key, "__dict__")
 
 
+# ----------------------------------------------------------------------------------------------------------- rotation
+
+
+def test_a_rotated_key_takes_the_place_of_the_old_one_which_is_kept_as_private_as_it_was(path: Path) -> None:
+    keys.save(small_key(1), path)
+    before = path.read_bytes()
+    old, kept = keys.rotate(path, small_key(2))
+    assert old.fingerprint == small_key(1).fingerprint and keys.load(path).fingerprint == small_key(2).fingerprint
+    assert kept.name == f"secret.key.{old.fingerprint.hex()[:8]}.old" and kept.read_bytes() == before
+    assert {stat.S_IMODE(p.stat().st_mode) for p in path.parent.iterdir()} == {0o600}
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_key_can_be_rotated_again_and_again_and_every_old_one_is_kept(path: Path) -> None:
+    keys.save(small_key(0), path)
+    kept = [keys.rotate(path, small_key(k))[1] for k in range(1, 5)]
+    assert [keys.load(p).fingerprint for p in kept] == [small_key(k).fingerprint for k in range(4)]
+
+
+def test_a_link_to_a_key_still_leads_to_it_after_a_rotation(path: Path, tmp_path: Path) -> None:
+    keys.save(small_key(1), path)
+    link = tmp_path / "link.key"
+    link.symlink_to(path)
+    _, kept = keys.rotate(link, small_key(2))
+    assert link.is_symlink() and keys.load(path).fingerprint == small_key(2).fingerprint
+    assert kept.parent == path.parent
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+def test_a_rotation_that_fails_leaves_the_old_key_alone(path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    keys.save(small_key(1), path)
+    monkeypatch.setattr(os, call, no_space)
+    with pytest.raises(KeyFileError, match="No space left on device"):
+        keys.rotate(path, small_key(2))
+    assert keys.load(path).fingerprint == small_key(1).fingerprint
+    assert [p.name for p in path.parent.iterdir()] == ["secret.key"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "error"), KeyboardInterrupt()])
+def test_a_rotation_cut_off_at_its_last_step_leaves_the_old_key_alone(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    keys.save(small_key(1), path)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises((KeyFileError, KeyboardInterrupt)):
+        keys.rotate(path, small_key(2))
+    assert keys.load(path).fingerprint == small_key(1).fingerprint
+    assert [p.name for p in path.parent.iterdir()] == ["secret.key"]
+
+
+def test_of_two_rotations_at_once_one_is_refused_and_no_key_is_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys.save(small_key(1), path)
+    original = keys.load
+
+    def slow(p: Path) -> SecretKey:
+        found = original(p)
+        monkeypatch.setattr(keys, "load", original)
+        keys.rotate(path, small_key(2))  # another process, while this one works
+        return found
+
+    monkeypatch.setattr(keys, "load", slow)
+    with pytest.raises(KeyFileError, match="another rotation of this key is under way or was cut off"):
+        keys.rotate(path, small_key(3))
+    assert keys.load(path).fingerprint == small_key(2).fingerprint
+    held = {original(p).fingerprint for p in path.parent.iterdir()}
+    assert held == {small_key(1).fingerprint, small_key(2).fingerprint}
+
+
+def test_a_key_is_not_rotated_to_itself_nor_is_one_that_cannot_be_used(path: Path) -> None:
+    keys.save(small_key(1), path)
+    with pytest.raises(KeyFileError, match="holds this key already"):
+        keys.rotate(path, small_key(1))
+    path.chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        keys.rotate(path, small_key(2))
+    assert [p.name for p in path.parent.iterdir()] == ["secret.key"]
+
+
 # -------------------------------------------------------------------------------------------- made by whoever is first
+
+
+@pytest.mark.parametrize("before", [None, 0o700, 0o755, 0o777])
+def test_a_key_that_is_made_by_itself_lies_in_a_folder_that_only_its_owner_can_enter(
+    path: Path, before: int | None
+) -> None:
+    if before is not None:
+        path.parent.mkdir()
+        path.parent.chmod(before)
+    old = os.umask(0)
+    try:
+        keys.load_or_create(path, small_key)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_load_or_create_makes_a_key_once(path: Path) -> None:

@@ -61,20 +61,6 @@ def test_a_run_folder_is_never_written_into_twice(tmp_path: Path, capsys: pytest
     assert (tmp_path / "mine" / "settings.yaml").read_text() == "kept"
 
 
-def test_keys_are_created_once_and_shown_by_fingerprint_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "lab.key"
-    create = ["keys", "create", "--out", str(file), "--app", str(ROOT)]
-    assert main(create) == 0 and file.stat().st_mode & 0o777 == 0o600
-    fingerprint = capsys.readouterr().out.split("fingerprint ")[1].split()[0]
-    before = file.read_bytes()
-    assert main(create) == 2 and file.read_bytes() == before
-    assert "never overwritten" in capsys.readouterr().err
-    assert main(["keys", "show", str(file)]) == 0
-    assert capsys.readouterr().out == f"fingerprint {fingerprint}\n"
-
-
 @pytest.mark.slow
 def test_ciphertune_run_prints_the_table_and_exits_0(tmp_path: Path) -> None:
     done = ciphertune("run", "--runs-dir", str(tmp_path), "name=ok", *SMALL)

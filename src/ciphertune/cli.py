@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ciphertune
+from ciphertune.cli_keys import add_keys
 from ciphertune.errors import CiphertuneError
 
 
@@ -66,17 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
     _add_compare(commands)
-    keys = commands.add_parser("keys", help="make and look at key files").add_subparsers(
-        required=True, metavar="action"
-    )
-    create = keys.add_parser("create", help="make the key that all clients of a federation share")
-    create.add_argument("overrides", nargs="*", help="the run's method and crypto overrides: they set the parameters")
-    create.add_argument("--out", type=Path, required=True, help="file to write; never overwritten")
-    create.add_argument("--app", type=Path, default=Path(), help="folder of the Flower app (default: here)")
-    create.set_defaults(action=_keys_create)
-    show = keys.add_parser("show", help="print a key file's fingerprint")
-    show.add_argument("file", type=Path)
-    show.set_defaults(action=_keys_show)
+    add_keys(commands)
     return root
 
 
@@ -145,30 +136,6 @@ def _run(options: argparse.Namespace) -> int:
         superlink=options.superlink,
         verbose=options.verbose,
     )
-
-
-def _keys_create(options: argparse.Namespace) -> int:
-    from ciphertune.build_client import generate_key
-    from ciphertune.crypto import keys
-    from ciphertune.errors import SettingsError
-    from ciphertune.launch import app_folder
-    from ciphertune.settings import compose
-
-    crypto = compose(app_folder(options.app) / "conf", options.overrides).crypto
-    if crypto.backend == "clear":
-        raise SettingsError("crypto=clear uses no key")
-    key = generate_key(crypto)
-    keys.save(key, options.out)
-    print(f"wrote {options.out}, fingerprint {key.fingerprint.hex()}")
-    print("hand it to every client over a channel the server cannot read, and to nobody else")
-    return 0
-
-
-def _keys_show(options: argparse.Namespace) -> int:
-    from ciphertune.crypto import keys
-
-    print(f"fingerprint {keys.load(options.file).fingerprint.hex()}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ CiphertuneError                 one clear line: what was wrong, with which value
 ├── SettingsError               an override, a choice or a node's own setting
 ├── DataError                   a data file, a line in it, a label
 ├── ModelError                  a model folder, a target module, a rank
-├── KeyFileError                a key file: absent, damaged, readable by others
+├── KeyFileError                a key file, an offer of one or an identity: absent, damaged, readable by others
 ├── RangeError                  a value that encryption could not carry (NaN, infinite, too large)
 ├── WireError                   a message that must not be used
 │   ├── FormatError             not ours, wrong version, wrong length, damaged
@@ -34,7 +34,7 @@ class ModelError(CiphertuneError):
 
 
 class KeyFileError(CiphertuneError):
-    """A key file cannot be used."""
+    """A key file, an offer of a key or an identity cannot be used."""
 
 
 class RangeError(CiphertuneError):

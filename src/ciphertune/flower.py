@@ -8,7 +8,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from ciphertune.errors import FormatError
+from ciphertune.errors import FormatError, KeyMismatchError
 
 STYPE = "ciphertune"
 # A JSON part beyond this is no message of ours.
@@ -49,8 +49,9 @@ def reply(message: Message, values: Mapping[str, Any], payload: Sequence[bytes] 
 def failure(message: Message, error: BaseException, name: str, *, show: bool) -> Message:
     """A reply that says that it did not work: the kind of error always, its text only with `show`.
 
-    The text of an error may hold a path or a line of private data, so a real node keeps it in its own log.
+    The text of an error may hold a path or a line of private data, so a real node keeps it in its own log. Another key
+    is named in any case: the text is two fingerprints, which the server knows, and what to do.
     """
     kind = type(error).__name__
-    line = " ".join(str(error).split())[:500] if show else ""
+    line = " ".join(str(error).split())[:500] if show or isinstance(error, KeyMismatchError) else ""
     return reply(message, {"error": kind, "line": line, "name": name, "simulated": show})

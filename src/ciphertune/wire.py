@@ -52,6 +52,10 @@ _CONTRIBUTOR = struct.Struct("<IIQ")
 _FACTORS: dict[tuple[Factor, ...], int] = {(): 0, ("a",): 1, ("b",): 2, ("a", "b"): 3}
 _DIGEST = 32
 _MAX_CONTRIBUTORS = 1_000_000
+_ONE_KEY = (
+    "; a run keeps the key it began with: put that key file back on the node (`ciphertune keys rotate` keeps the old "
+    "one beside the new), or start a new run"
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ def decode(data: bytes, session: Session, expected: Expected) -> Message:
         raise FormatError("not a ciphertune message of wire version 2")
     # The order gives the most telling error: who made it, with what, for which run.
     _same(parameters, _parameters(session), ParameterMismatchError, "encryption parameters")
-    _same(key, session.key_fingerprint, KeyMismatchError, "key")
+    _same(key, session.key_fingerprint, KeyMismatchError, "key", _ONE_KEY)
     _same(settings, session.settings_digest, SettingsMismatchError, "settings")
     _same(plan, session.plan.digest(), PlanMismatchError, "plan")
     for name, found, wanted in (
@@ -229,6 +233,6 @@ def _parameters(session: Session) -> bytes:
     return hashlib.sha256(session.public.digest() + session.clear.digest()).digest()[:16]
 
 
-def _same(found: bytes, wanted: bytes, error: type[Exception], what: str) -> None:
+def _same(found: bytes, wanted: bytes, error: type[Exception], what: str, remedy: str = "") -> None:
     if found != wanted:
-        raise error(f"the message was made under another {what}: it has {found.hex()}, here is {wanted.hex()}")
+        raise error(f"the message was made under another {what}: it has {found.hex()}, here is {wanted.hex()}{remedy}")
