@@ -30,14 +30,14 @@ from round import adapter
 from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
-from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
+from ciphertune.build_client import generate_key, open_key
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.ranks import Contributor
-from ciphertune.settings import ckks_params, compose
+from ciphertune.settings import compose
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ REPORTED = 20.2  # ciphertext over plaintext float32, at every rate, as the publ
 SAMPLE = 8  # ciphertexts
 
 
-def measure(layers: tuple[LayerShape, ...], mask: str, rate: float, part: CkksSecret) -> dict[str, Any]:
+def measure(layers: tuple[LayerShape, ...], mask: str, rate: float, part: SecretPart) -> dict[str, Any]:
     """One round in which the rate is `rate`; mask plaintext: nothing pruned or encrypted."""
     words = ["method=fedavg"]
     if mask != "plaintext":
@@ -126,8 +126,8 @@ def main() -> None:
         LayerShape(f"{i:02d}.{name}", options.hidden, options.hidden) for i in range(options.layers) for name in "qv"
     )
     values = sum(RANK * (x.m + x.n) for x in layers)
-    params = ckks_params(compose(ROOT / "conf", ["method=fedshield"]).crypto)
-    part = CkksSecret(params, generate_key(params))
+    crypto = compose(ROOT / "conf", ["method=fedshield"]).crypto
+    part = open_key(crypto, generate_key(crypto))
     cells = [("plaintext", 0.0), *((m, r) for m in ("own", "agreed") for r in RATES)]
     rows = [measure(layers, m, r, part) for m, r in track(cells, description="pruning")]
     rows.append(published(values))

@@ -39,8 +39,7 @@ from ciphertune import exchange, wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
-from ciphertune.build_client import generate_key
-from ciphertune.crypto.packed_secret import PackedSecret
+from ciphertune.build_client import generate_key, open_key
 from ciphertune.greeting import shapes
 from ciphertune.lm import quantization
 from ciphertune.lm.base import pick_autocast, pick_device
@@ -48,7 +47,7 @@ from ciphertune.lm.data import Encoded
 from ciphertune.lm.model import LoraModel, adapt
 from ciphertune.lm.train import train
 from ciphertune.ranks import Contributor
-from ciphertune.settings import Settings, compose, packed_params
+from ciphertune.settings import Settings, compose
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +143,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         model = adapt(base, SimpleNamespace(pad_token_id=0, eos_token_id=None), settings.model, rank=options.rank)
     where = _addresses(base)
     initial = model.read()
-    part = PackedSecret(packed_params(settings.crypto), generate_key(settings.crypto))
+    part = open_key(settings.crypto, generate_key(settings.crypto))
     layers, heads = shapes(initial)
     plan = make_plan(settings, layers, heads, (options.rank,))
     link = session(settings, plan, run=1, key_fingerprint=part.fingerprint)

@@ -35,14 +35,14 @@ from ciphertune import wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
-from ciphertune.build_client import generate_key
+from ciphertune.build_client import generate_key, open_key
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.ranks import Contributor
-from ciphertune.settings import Settings, ckks_params, compose, packed_params
+from ciphertune.settings import Settings, compose
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -112,14 +112,7 @@ def secret(settings: Settings) -> SecretPart:
     """A client's half with a fresh key."""
     if settings.crypto.backend == "clear":
         return ClearSecret(ClearPublic(settings.crypto.precision), settings.crypto.bound)
-    key = generate_key(settings.crypto)
-    if settings.crypto.packed:
-        from ciphertune.crypto.packed_secret import PackedSecret
-
-        return PackedSecret(packed_params(settings.crypto), key)
-    from ciphertune.crypto.ckks_secret import CkksSecret
-
-    return CkksSecret(ckks_params(settings.crypto), key)
+    return open_key(settings.crypto, generate_key(settings.crypto))
 
 
 def message_bytes(link: wire.Session, kind: int, round_: int, rank: int, people: Sequence[Contributor]) -> int:

@@ -32,10 +32,18 @@ def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
         key = keys.load_or_create(node.key_file, lambda: generate_key(crypto))
     else:
         key = keys.load(node.key_file)
+    return open_key(crypto, key, node.processes)
+
+
+def open_key(crypto: CryptoSettings, key: SecretKey, processes: int = 1) -> SecretPart:
+    """The client's half of an encrypting backend under a key. processes: that share large updates, where it can.
+
+    Raises KeyFileError when the key is of other parameters.
+    """
     if crypto.packed:
         from ciphertune.crypto.packed_secret import PackedSecret
 
-        return PackedSecret(packed_params(crypto), key, node.processes)
+        return PackedSecret(packed_params(crypto), key, processes)
     from ciphertune.crypto.ckks_secret import CkksSecret
 
     return CkksSecret(ckks_params(crypto), key)
