@@ -225,12 +225,13 @@ def _summed(secret: SecretPart, count: int) -> tuple[float, float]:
 
 def _touching() -> float:
     """Seconds per byte that writing to fresh memory takes more than writing to memory that was written to before."""
-    fresh = np.frombuffer(bytearray(1 << 26), np.uint8)  # as messages are: numpy's own arrays are cheaper
+    size = 1 << 26
+    used = np.frombuffer(bytearray(size), np.uint8)
     start = process_time()
-    fresh.fill(1)
-    first = process_time()
-    fresh.fill(2)
-    return max(0.0, (first - start) - (process_time() - first)) / fresh.size
+    used.fill(1)
+    middle = process_time()
+    fresh = b"\1" * size  # as messages are; numpy asks the system for larger pages
+    return max(0.0, (process_time() - middle) - (middle - start)) / len(fresh)
 
 
 def _round(link: wire.Session, secret: SecretPart, people: tuple[Contributor, ...], round_: int) -> _Watch:

@@ -99,6 +99,7 @@ class Federation:
 
     def __init__(self, settings: Settings, run: int) -> None:
         self.settings, self.run = settings, run
+        self._digest = settings.digest().hex()
         self.members: list[Member] = []
         self.session: wire.Session | None = None
         # oldest first; only what some client might still need, each with the plan it was made under
@@ -153,7 +154,7 @@ class Federation:
         """
         assert self.session is not None
         plan = self.session.plan
-        if hello.settings != self.settings.digest().hex():
+        if hello.settings != self._digest:
             raise SettingsMismatchError(f"{hello.name} runs under other settings than the server")
         if hello.code != code_digest():
             raise SettingsMismatchError(

@@ -15,7 +15,7 @@ import numpy as np
 from ciphertune import wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.build import public_part
-from ciphertune.build_client import generate_key
+from ciphertune.build_client import generate_key, open_key
 from ciphertune.checks import check
 from ciphertune.crypto.base import blocks_for
 from ciphertune.crypto.clear import ClearPublic
@@ -26,7 +26,7 @@ from ciphertune.federation import Federation, Hello
 from ciphertune.negotiation import Wish
 from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan, column_count
 from ciphertune.ranks import Contributor
-from ciphertune.settings import CryptoSettings, Settings, ckks_params, compose, packed_params
+from ciphertune.settings import CryptoSettings, Settings, compose
 from ciphertune.versions import code_digest
 
 _MOST_CLIENTS = 1000  # of the shorthand
@@ -191,9 +191,11 @@ def smaller(
 
 
 def _with_layers(plan: Plan, layers: tuple[LayerShape, ...]) -> Plan:
+    """The plan for other layers; under names of their own, so that those of equal shapes are equal."""
     columns = tuple(tuple(range(column_count(x.n, plan.budgets[-1]))) for x in layers) if plan.budgets else ()
     heads = plan.heads if layers == plan.layers else ()
-    return replace(plan, layers=layers, heads=heads, columns=columns)
+    named = tuple(LayerShape(f"{i:05d}", x.m, x.n) for i, x in enumerate(layers))
+    return replace(plan, layers=named, heads=heads, columns=columns)
 
 
 def _layers(plan: Plan, rank: int, target: int) -> tuple[LayerShape, ...]:
@@ -215,14 +217,7 @@ def secret_half(crypto: CryptoSettings, key: SecretKey | None = None) -> SecretP
     """A client's half of the backend under a key, by default a fresh one that is never written anywhere."""
     if crypto.backend == "clear":
         return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
-    key = key or generate_key(crypto)
-    if crypto.packed:
-        from ciphertune.crypto.packed_secret import PackedSecret
-
-        return PackedSecret(packed_params(crypto), key)
-    from ciphertune.crypto.ckks_secret import CkksSecret
-
-    return CkksSecret(ckks_params(crypto), key)
+    return open_key(crypto, key or generate_key(crypto))
 
 
 def synthetic(plan: Plan, rank: int, seed: int) -> Adapter:
