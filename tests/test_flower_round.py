@@ -480,3 +480,23 @@ def test_a_hub_data_set_divided_by_a_natural_id_is_tuned_on(lab: Lab, tmp_path: 
     found = summary(run)
     assert found["status"] == "completed"
     assert [n["samples"] for n in found["nodes"].values()] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"), [("sealed", 2.0), ("fedavg", 1.0), ("sealed method.rate_factor=0.5", 0.5)]
+)
+def test_a_factor_that_moves_alone_takes_twice_the_step(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, method: str, factor: float
+) -> None:
+    from ciphertune import client as client_module
+
+    seen: list[float] = []
+
+    def train(model: Any, data: Any, settings: Any, **more: Any) -> Any:
+        seen.append(settings.learning_rate)
+        return original(model, data, settings, **more)
+
+    original = client_module.lm_train.train
+    monkeypatch.setattr(client_module.lm_train, "train", train)
+    lab(f"method={method} federation.rounds=1")
+    assert seen == [0.01 * factor] * 4

@@ -44,6 +44,7 @@ USED = {
 # inclusive bounds
 RANGES = {
     "method.rank_cap": (0, 4096),
+    "method.rate_factor": (1e-3, 1e3),
     "method.fraction": (1e-6, 1.0),
     "method.prune_start": (0.0, 0.999),
     "method.prune_target": (0.0, 0.999),

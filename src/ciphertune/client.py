@@ -163,12 +163,12 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     factors = plan.factors(task.round)
     client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
-    training = client.settings.training
+    training, factor = client.settings.training, client.settings.method.rate_factor
     with client.timed("train"):
         result = lm_train.train(
             client.model,
             client.data.train,
-            replace(training, learning_rate=training.rate(task.round, task.rounds)),
+            replace(training, learning_rate=factor * training.rate(task.round, task.rounds)),
             seed=seed(client, task.round),
             # products and stacks give every client new factors, to which the moments of the old ones mean nothing
             state=None

@@ -29,6 +29,7 @@ class MethodSettings:
     aggregate: str = "separate"  # separate | product | stack
     fit_rank: str = "nested"  # nested | pad | svd | merge
     weighting: str = "samples"  # samples | norm: what a client's part in a mean is weighted by
+    rate_factor: float = 1.0  # times training.learning_rate; a factor that moves alone takes larger steps
     rank_cap: int = (
         0  # product: largest rank of an aggregate; 0: twice the largest of a client, or that if all is clear
     )
