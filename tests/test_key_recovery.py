@@ -52,24 +52,27 @@ def polynomials(ciphertext: Any) -> tuple[list[int], list[int]]:
     return words[:SLOTS].tolist(), words[SLOTS:].tolist()
 
 
-def attacked(params: PackedParams, release: Callable[[Vector], Vector]) -> float:
-    """The share of the key that the server computes from one round of two clients, of whose mean it gets `release`."""
+def attacked(params: PackedParams, release: Callable[[Vector], Vector], size: float = 0.05) -> float:
+    """The share of the key that the server computes from one round of two clients, of whose sum it gets `release`.
+
+    size: standard deviation of the clients' values; 0: all are zero, as a factor that got no gradient.
+    """
     key = generate_key(params)
     secret = PackedSecret(params, key)
     rng = np.random.default_rng(0)
     total = secret.public.aggregator()
     for _ in range(2):
-        total.add(secret.encrypt(rng.normal(0, 0.05, SLOTS)))
+        total.add(secret.encrypt(rng.normal(0, size, SLOTS)))
     body = total.result(1)
     found = server_attack(PackedPublic(params), body, 2, release(secret.decrypt(body, SLOTS, terms=2)))
     material = np.frombuffer(key.reveal(), "<u8").tolist()
     return sum(a == b for a, b in zip(found, material, strict=True)) / SLOTS
 
 
-def rounded(values: Vector) -> Vector:
-    """As a client rounds the adapter that it saves."""
+def rounded(values: Vector, noise: float = 0.0) -> Vector:
+    """As a client rounds the adapter that it saves; without `noise`, to bfloat16 alone."""
     wrapped = Adapter({"x": LoraFactors(values[None].astype(np.float32), np.zeros((1, 1), np.float32), 1.0)}, {})
-    return in_bfloat16(wrapped).layers["x"].a[0].astype(np.float64)
+    return in_bfloat16(wrapped, noise=noise).layers["x"].a[0].astype(np.float64)
 
 
 CKKS = pytest.mark.parametrize("bits", [40, 48])
@@ -77,13 +80,21 @@ CKKS = pytest.mark.parametrize("bits", [40, 48])
 
 @CKKS
 def test_one_decrypted_ckks_sum_gives_the_server_the_whole_key_so_it_never_gets_one(bits: int) -> None:
-    assert attacked(PackedParams("ckks", SLOTS, bits, 64.0, 1000), lambda values: values) == 1.0
+    assert attacked(PackedParams("ckks", SLOTS, bits, 45.0, 1000), lambda values: values) == 1.0
 
 
 @CKKS
-def test_the_same_attack_fails_on_values_rounded_as_an_adapter_is_before_release(bits: int) -> None:
-    assert attacked(PackedParams("ckks", SLOTS, bits, 64.0, 1000), rounded) < 0.01
+@pytest.mark.parametrize("size", [0.05, 1e-4, 1e-6, 1e-8, 0.0])
+def test_the_same_attack_fails_on_values_rounded_as_an_adapter_is_before_release(bits: int, size: float) -> None:
+    params = PackedParams("ckks", SLOTS, bits, 45.0, 1000)
+    noise = params.error_bound(2, 0.0) / 9
+    assert attacked(params, lambda values: rounded(values, noise), size) < 0.01
+
+
+@CKKS
+def test_bfloat16_alone_would_give_the_key_away_where_a_factor_is_zero(bits: int) -> None:
+    assert attacked(PackedParams("ckks", SLOTS, bits, 45.0, 1000), rounded, 0.0) == 1.0
 
 
 def test_the_same_attack_fails_on_an_exact_bfv_sum() -> None:
-    assert attacked(PackedParams("bfv", SLOTS, 48, 64.0, 1000, 30), lambda values: values) < 0.01
+    assert attacked(PackedParams("bfv", SLOTS, 48, 45.0, 1000, 30), lambda values: values) < 0.01

@@ -128,7 +128,7 @@ def test_which_entries_are_encrypted_is_the_same_at_every_client_and_a_lower_ran
         run.seal(0, guide=None)
 
 
-@pytest.mark.parametrize(("value", "reason"), [(np.nan, "NaN"), (49.0, "above crypto"), (45.0, "the client's weight")])
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "NaN"), (46.0, "above crypto"), (44.0, "the client's weight")])
 def test_a_clear_value_that_no_client_could_send_is_refused_before_its_secret_part_is_added(
     value: float, reason: str
 ) -> None:

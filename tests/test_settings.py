@@ -79,6 +79,7 @@ def test_the_default_is_four_clients_of_unequal_rank_with_everything_encrypted()
             "crypto.scale_bits=52",
             ("crypto.scale_bits=52 has no effect", "=ckks_packed", "modulus_bits"),
         ),
+        ("crypto.max_updates=3", ("crypto.max_updates=3 is below the federation's 4 clients", "raise it")),
         ("crypto.modulus_bits=61", ("crypto.modulus_bits=61 is out of range",)),
         ("crypto.poly_modulus_degree=2048 crypto.modulus_bits=54", ("crypto.modulus_bits=54", "24 to 53", "128-bit")),
         (

@@ -29,6 +29,7 @@ class SeparateSum:
         self._clear = session.clear.aggregator()
         self._secret = session.public.aggregator()
         self._contributors: dict[int, Contributor] = {}
+        self._samples = 0
         self._mask = b""
 
     def add(self, data: bytes, *, sender: int, who: Contributor) -> wire.Message:
@@ -37,12 +38,13 @@ class SeparateSum:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         message, clear = opened(data, self._session, self._round, sender, who, self._total)
         check_weighted(clear, self._session.bound, message)  # all parts are good before any is added
-        wire.check_contributors((*self._contributors.values(), *message.contributors), self._total, self._session.plan)
+        wire.check_contributors(message.contributors, self._total - self._samples, self._session.plan)
         mask = self._agreed(message)
         self._secret.add(message.secret)
         self._clear.add(message.clear)
         self._mask = mask
         (self._contributors[sender],) = message.contributors
+        self._samples += message.contributors[0].samples
         return message
 
     @property

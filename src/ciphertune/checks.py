@@ -113,6 +113,12 @@ def check(settings: Settings) -> None:
             f"{federation.min_clients}: no round could be released"
         )
     _check_crypto(crypto)
+    most = max(federation.min_clients, len(federation.clients))
+    if crypto.packed and most > crypto.max_updates:
+        raise SettingsError(
+            f"crypto.max_updates={crypto.max_updates} is below the federation's {most} clients: raise it, and with it "
+            "crypto.modulus_bits where that is refused"
+        )
     _check_method(settings)
     if not settings.model.targets:
         raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
@@ -174,6 +180,8 @@ def _check_method(settings: Settings) -> None:
     if method.aggregate == "product" and crypto.backend != "clear" and (crypto.packed or not crypto.coefficient_bits):
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
     _check_pruning(method)
+    if method.prune_mean == "kept" and method.prune == "own" and crypto.bound < 1:
+        raise SettingsError(f"method.prune_mean=kept sends weights up to 1: raise crypto.bound={crypto.bound:g} to 1")
     if method.noise == "gaussian":
         z = noise_multiplier(method, settings.federation.rounds)
         if 8 * z * method.clip > crypto.bound:  # of a million entries none is that far out

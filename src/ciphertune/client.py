@@ -54,6 +54,7 @@ class Client:
     data: lm_data.ClientData
     secret: SecretPart
     seconds: dict[str, float] = field(default_factory=dict)
+    noise: float = 0.0  # of the encryption, in the entries of the means that came with this message
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -207,7 +208,7 @@ def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, A
     report = _evaluate(client)
     with client.timed("save"):
         if client.settings.model.release == "bfloat16":
-            client.model.write(in_bfloat16(mean))
+            client.model.write(in_bfloat16(mean, noise=max(client.noise, exchange.least_noise(client.secret))))
         client.model.save(client.node.folder / "adapter")
         merging.keep_beside(client.node.folder, client.run)
     return report | {"seconds": client.seconds}
@@ -273,6 +274,7 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
             link, at = client.session(client.plan(found.terms)), found.round
             adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
             _enough(message, link.plan, client.settings.federation.min_contributors)
+            client.noise = max(client.noise, exchange.noise_of(message, link))
             if link.plan.fit_rank == "merge":
                 merging.merge(client.node.folder, client.run, at, adapter)
                 adapter = Adapter(initial.layers, adapter.heads)  # started anew on the merged model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -224,18 +225,36 @@ def _check_reach(adapter: Adapter, session: wire.Session) -> None:
             )
 
 
+def least_noise(secret: SecretPart) -> float:
+    """Standard deviation of the noise in the smallest sum that is released."""
+    return secret.public.error_bound(2, 0.0) / 9 if secret.public.adds_noise else 0.0
+
+
+def noise_of(message: wire.Message, session: wire.Session) -> float:
+    """Standard deviation, or a little more, of the encryption's noise in the least precise entry of a round's mean."""
+    public, people = session.public, message.contributors
+    if not public.adds_noise:
+        return 0.0
+    if session.plan.aggregate != "separate":
+        return public.product_error_bound(1.0, 1.0, 0.0) * message.total / sum(c.samples for c in people) / 9
+    shares = divisors(session.plan, people, message.total, max(1, message.rank))
+    return public.error_bound(len(people), 0.0) / float(shares.min()) / 9
+
+
 def _precise_enough(message: wire.Message, session: wire.Session) -> None:
     """Refuse a sum whose weights are so small that dividing by them would raise the noise above the values."""
     people = message.contributors
     if session.plan.aggregate != "separate":  # divided as a whole; coefficients and values of the order of 1
         shares = np.array([sum(c.samples for c in people) / message.total])
-        noise = session.public.product_error_bound(1.0, 1.0, 1.0)
+        noise = np.array([session.public.product_error_bound(1.0, 1.0, 1.0)])
     else:
         shares = divisors(session.plan, people, message.total, max(1, message.rank))
-        noise = session.public.error_bound(len(people), 1.0)
+        ranks = sorted(c.rank for c in people)
+        terms = [len(ranks) - bisect_right(ranks, k) for k in range(shares.size)]  # of each component
+        noise = np.array([session.public.error_bound(count, 1.0) for count in terms])
     if not session.public.encrypts:
-        noise = 0.0  # floats in the clear are as precise as they are small
-    if not shares.all() or noise / shares.min() > _LARGEST_ERROR:
+        noise = np.zeros(1)  # floats in the clear are as precise as they are small
+    if not shares.all() or (noise / shares).max() > _LARGEST_ERROR:
         raise RangeError(
             f"the contributors of round {message.round} have {shares.min():.1e} of the weight that was asked: "
             "too little for a precise mean; a client states far too many samples, or too few replied"

@@ -204,6 +204,8 @@ class Federation:
         """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""
         federation = self.settings.federation
         wanted = max(federation.min_contributors, round(federation.fraction * len(available)))
+        if self.settings.crypto.packed:
+            wanted = min(wanted, self.settings.crypto.max_updates)
         chosen = self._random.sample(list(available), min(wanted, len(available)))
         return sorted(chosen, key=lambda m: m.number)
 

@@ -48,6 +48,10 @@ class PublicPart(Protocol):
     def encrypts(self) -> bool:
         """False for the oracle backend, whose blocks anybody reads."""
 
+    @property
+    def adds_noise(self) -> bool:
+        """Whether a decrypted sum carries the encryption's noise, from which the key could be computed."""
+
     def digest(self) -> bytes:
         """16 bytes over the parameters and the byte layout."""
 

@@ -31,6 +31,7 @@ class CkksPublic:
     """Sizes, digest and sums of CKKS ciphertexts: one block is one ciphertext of N/2 values."""
 
     encrypts = True
+    adds_noise = True
 
     def __init__(self, params: CkksParams) -> None:
         self.params = params

@@ -42,6 +42,7 @@ class ClearPublic:
     """Sizes and sums of plain vectors: one block is one value."""
 
     encrypts = False
+    adds_noise = False
     slots = 1
 
     def __init__(self, precision: str = "float32") -> None:

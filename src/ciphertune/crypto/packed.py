@@ -38,6 +38,7 @@ class PackedPublic:
     def __init__(self, params: PackedParams) -> None:
         self.params = params
         self.slots = params.slots
+        self.adds_noise = params.scheme == "ckks"
         self.block_bytes = params.block_bytes
         self.context, self.modulus, self.plain_modulus = _context(params)
         self._scratch, self._evaluator = codec.Scratch(keeps=True), seal.Evaluator(self.context)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import secrets
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +23,7 @@ from ciphertune.crypto.packed import PackedPublic
 from ciphertune.crypto.params import PackedParams
 from ciphertune.crypto.secret import SecretKey
 from ciphertune.crypto.workers import Workers
-from ciphertune.errors import FormatError, KeyFileError
+from ciphertune.errors import CiphertuneError, FormatError, KeyFileError
 
 Vector = npt.NDArray[np.float64]
 
@@ -92,7 +94,8 @@ class PackedSecret:
         """Values -> ceil(count / N) fresh ciphertexts, the last one padded with zeros."""
         check_range(values, self._bound)
         workers = self._helped(values.size)
-        return workers.encrypt(values) if workers else self._encrypted(values)
+        with self._dropped_on_error():
+            return workers.encrypt(values) if workers else self._encrypted(values)
 
     def _encrypted(self, values: Vector) -> bytes:
         slots = self.public.slots
@@ -110,7 +113,8 @@ class PackedSecret:
         if len(body) != -(-count // self.public.slots) * self.public.sum_bytes(terms):
             raise FormatError(f"{len(body)} bytes are no sum of {terms} updates of {count} values")
         workers = self._helped(count)
-        return workers.decrypt(body, count, terms) if workers else self._decrypted(body, count, terms)
+        with self._dropped_on_error():
+            return workers.decrypt(body, count, terms) if workers else self._decrypted(body, count, terms)
 
     def _decrypted(self, body: bytes, count: int, terms: int) -> Vector:
         seeds, residues = self.public.summed(body, terms)
@@ -128,6 +132,15 @@ class PackedSecret:
         if self._workers is None:
             self._workers = Workers(self.public.params, self._key, self._processes)
         return self._workers
+
+    @contextmanager
+    def _dropped_on_error(self) -> Iterator[None]:
+        """Processes of which one may have died, or another still holds an answer, are not asked again."""
+        try:
+            yield
+        except CiphertuneError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the processes, if any were started."""

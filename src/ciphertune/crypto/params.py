@@ -19,6 +19,8 @@ LIBRARY = "tenseal 0.3.18"
 # SEAL draws noise from a centred binomial distribution with variance 42/4. Rounding the encoded message to integers
 # adds at most 1/2 per coefficient; it is treated as independent noise of variance 1/4, which is a heuristic.
 _NOISE_VARIANCE = 10.75
+# 21 coins less 21 coins at most, and half a unit of rounding.
+_LARGEST_NOISE = 21.5
 # A slot is a signed sum of N such terms: more than 9 standard deviations off with probability below 2^-57 per slot.
 _DEVIATIONS = 9.0
 
@@ -167,15 +169,14 @@ class PackedParams:
             )
 
     def _check_noise(self) -> None:
-        """BFV decrypts exactly while the noise of all terms stays below half of q / t."""
+        """BFV decrypts exactly while the noise of all terms stays below half of q / t: here below a quarter."""
         if not self.poly_modulus_degree.bit_length() < self.plain_bits <= min(60, self.modulus_bits - 4):
             raise SettingsError(
                 f"crypto.plain_bits={self.plain_bits} with modulus_bits={self.modulus_bits}: want more than "
                 f"{self.poly_modulus_degree.bit_length()} and at most {min(60, self.modulus_bits - 4)}"
             )
-        # a coefficient's noise is a sum of `max_updates` draws, and so is the rounding when they were encoded
-        noise = _DEVIATIONS * math.sqrt(self.max_updates * _NOISE_VARIANCE)
-        if noise >= 2.0 ** (self.modulus_bits - self.plain_bits - 3):
+        # the largest there is, not the likely one: the same ciphertext may be added many times
+        if _LARGEST_NOISE * self.max_updates >= 2.0 ** (self.modulus_bits - self.plain_bits - 2):
             raise SettingsError(
                 f"the noise of crypto.max_updates={self.max_updates} updates could reach the "
                 f"{self.plain_bits}-bit plaintext under a {self.modulus_bits}-bit modulus: lower max_updates or "
@@ -194,8 +195,8 @@ class PackedParams:
 
     @property
     def _growth(self) -> float:
-        """Largest coefficient of an encoding over its largest value: slots of bound + i bound can make 4 / pi."""
-        return 4 / math.pi if self.scheme == "ckks" else 1.0
+        """Largest coefficient of an encoding over its largest value: slots hold up to bound + i bound."""
+        return math.sqrt(2) if self.scheme == "ckks" else 1.0
 
     @property
     def largest(self) -> float:
@@ -228,7 +229,8 @@ class PackedParams:
 
     def digest(self) -> bytes:
         """16 bytes over everything that both ends must share to read each other."""
-        facts = {"layout": "packed 1", "library": LIBRARY, "scale_bits": self.scale_bits, **asdict(self)}
+        facts = {"layout": "packed 1", "library": LIBRARY, "scale_bits": self.scale_bits, "seeds": MOST_SEEDS}
+        facts |= asdict(self)
         text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).digest()[:16]
 
@@ -252,7 +254,7 @@ def smallest_modulus(scheme: str, degree: int, bound: float, max_updates: int, w
     Raises SettingsError when none does.
     """
     reasons = []
-    for bits in (32, 40, 48, 56):
+    for bits in (b for b in (32, 40, 48, 56) if b <= SECURITY_128.get(degree, 60)):
         try:
             params = PackedParams(scheme, degree, bits, bound, max_updates, plain_bits)
         except SettingsError as error:

@@ -10,18 +10,22 @@ alone, and a worker ends with it. A message either way is
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
+import ciphertune
 from ciphertune.crypto.params import PackedParams
 from ciphertune.crypto.secret import SecretKey
 from ciphertune.errors import CiphertuneError, FormatError
@@ -37,13 +41,20 @@ class Workers:
 
     def __init__(self, params: PackedParams, key: SecretKey, count: int) -> None:
         self._params = params
-        command = [sys.executable, "-m", "ciphertune.crypto.workers"]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)
-        ]
-        for process in self._processes:
-            for part in (json.dumps(asdict(params)).encode(), key.reveal()):
-                _pipe(process.stdin).write(_LENGTH.pack(len(part)) + part)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        # -P: a file of the working directory must not stand in for a package, next to the key
+        command = [sys.executable, "-P", "-m", "ciphertune.crypto.workers"]
+        places = [str(Path(ciphertune.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in places if p)}
+        try:
+            for _ in range(count):
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                self._processes.append(process)
+                for part in (json.dumps(asdict(params)).encode(), key.reveal()):
+                    _pipe(process.stdin).write(_LENGTH.pack(len(part)) + part)
+        except OSError as error:
+            self.close()
+            raise _ended(error.strerror) from None
 
     def encrypt(self, values: Vector) -> bytes:
         """As `PackedSecret.encrypt`, of values within the bound."""
@@ -62,9 +73,11 @@ class Workers:
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
-            _pipe(process.stdin).close()
+            with suppress(OSError):  # what a dead process was still to be sent
+                _pipe(process.stdin).close()
             process.wait()
             _pipe(process.stdout).close()
+        self._processes = []
 
     def __del__(self) -> None:
         self.close()
@@ -93,13 +106,17 @@ def _ask(process: subprocess.Popen[bytes], operation: int, job: tuple[int, int, 
         refused, length = _REPLY.unpack(_read(_pipe(process.stdout), _REPLY.size))
         answer = _read(_pipe(process.stdout), length)
     except (OSError, EOFError):
-        raise CiphertuneError(
-            f"an encryption process ended (status {process.poll()}): is there enough memory? One process alone needs "
-            "less: start the node with crypto-processes=1"
-        ) from None
+        raise _ended(f"status {process.poll()}") from None
     if refused:
         raise FormatError(answer.decode())
     return answer
+
+
+def _ended(why: str | None) -> CiphertuneError:
+    return CiphertuneError(
+        f"an encryption process ended ({why}): is there enough memory? One process alone needs less: start the node "
+        "with crypto-processes=1"
+    )
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
@@ -118,7 +135,8 @@ def main() -> None:
     """A worker: parameters and key first, then one job after the other until the input ends."""
     from ciphertune.crypto.packed_secret import PackedSecret
 
-    into, out = sys.stdin.buffer, sys.stdout.buffer
+    into, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
     params, material = (_read(into, *_LENGTH.unpack(_read(into, _LENGTH.size))) for _ in range(2))
     chosen = PackedParams(**json.loads(params))
     secret = PackedSecret(chosen, SecretKey(material, chosen.digest()))
