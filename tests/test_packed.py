@@ -856,7 +856,7 @@ def test_the_servers_memory_does_not_grow_with_the_number_of_clients() -> None:
 
 
 def test_a_component_that_two_of_a_thousand_clients_have_is_as_precise_as_a_sum_of_two() -> None:
-    """Its noise is that of its own contributors: a mean that is precise is not refused for what others add elsewhere."""
+    """Its noise is that of its own contributors: a precise mean is not refused for what others add elsewhere."""
     people = (*[Contributor(2, 10)] * 2, *[Contributor(1, 10)] * 998)
     session, _ = encrypted(plan_of(tiers=(1, 2)), secret=shared_secret(CKKS_40))
     message = wire.Message(wire.AGGREGATE, ("b",), 0, 0, 2, 10_000, people, b"", b"")
