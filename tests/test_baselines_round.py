@@ -32,6 +32,7 @@ from tests.oracle import Matrix, read
 
 __all__ = ["composed_once"]  # a fixture for every test
 RUN = 4242  # of federations.Lab
+WHOLE = "model.release=float32"  # what is saved is not rounded
 LONE = HEADER + CONTRIBUTOR + DIGEST  # bytes of an update without values
 Values = dict[str, Matrix]
 
@@ -132,7 +133,7 @@ def test_method_file_names_its_source_and_the_command_it_gives_runs(lab: Lab, me
 
 
 def test_local_client_ends_exactly_where_training_directly_ends_and_sends_nothing(lab: Lab) -> None:
-    more = f"method=local {classifier(lab)} federation.rounds=3 record_server_view=true record_updates=true"
+    more = f"method=local {WHOLE} {classifier(lab)} federation.rounds=3 record_server_view=true record_updates=true"
     run = lab(more)
     views = sorted((run / "server_view").rglob("*.msg"))
     assert len(views) == 12 and {len(v.read_bytes()) for v in views} == {LONE}
@@ -170,7 +171,7 @@ def test_local_client_does_not_notice_what_the_others_have(lab: Lab) -> None:
 
 
 def test_ffa_lora_a_is_the_initial_one_to_the_bit_after_all_rounds_and_b_and_head_travel(lab: Lab) -> None:
-    more = f"method=ffa_lora {classifier(lab)} federation.rounds=3 record_updates=true record_server_view=true"
+    more = f"method=ffa_lora {WHOLE} {classifier(lab)} federation.rounds=3 record_updates=true record_server_view=true"
     run = lab(more)
     settings = compose(CONF, f"{lab.base} {more}")
     for node, rank in enumerate((2, 4, 8, 8)):
@@ -271,7 +272,7 @@ def test_flora_model_is_the_base_with_all_updates_so_far_and_the_adapter_starts_
     monkeypatch.setattr(client, "_evaluate", spied)
     monkeypatch.setattr(client, "save_state", dying)
     ranks = "federation.clients='[{rank:4},{rank:8},{rank:8},{rank:8}]'"
-    run = lab(f"method=flora {ranks} federation.rounds=3 record_updates=true", tamper=away)
+    run = lab(f"method=flora {WHOLE} {ranks} federation.rounds=3 record_updates=true", tamper=away)
     assert died and summary(run)["status"] == "completed"
 
     took_part = [(0, 1, 2, 3), (0, 1, 2), (0, 1, 3)]
