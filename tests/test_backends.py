@@ -142,7 +142,7 @@ def test_what_is_encrypted_comes_back_within_the_bound_whatever_the_length(name:
 
 
 @EACH
-@pytest.mark.parametrize(("clients", "size"), [(1, 0), (8, 1), (1000, 2)])
+@pytest.mark.parametrize(("clients", "size"), [(1, 0), (8, 1), (10, 2), (1000, 2)])
 def test_sum_is_within_the_printed_bound_and_of_the_promised_size(name: str, clients: int, size: int) -> None:
     secret = secret_of(name)
     count = min(500, secret.public.slots) if secret.public.encrypts else 500
