@@ -1,5 +1,5 @@
 """All methods on real data: three text classifiers' sets and one of instructions, IID and Dirichlet, equal and unequal
-ranks, three seeds; `docs/results.md` shows what it found.
+ranks, three seeds, and FedShield-LLM's setting; `docs/results.md` shows what it found.
 
     python benchmarks/results.py --models FOLDER --data FOLDER               all that is missing
     python benchmarks/results.py ... --cells 'sst2-*' --rows sealed,fedavg   a part of it
@@ -75,15 +75,28 @@ CAUSAL = (
 COMMON = ("data=jsonl", "training.schedule=cosine", "federation.compare_local=false", "federation.evaluate_every=5")
 ROUNDS = {"iid": 10, "dirichlet": 20}
 BUDGET = 0.1  # of A's columns, for the methods that negotiate
+# the setting of FedShield-LLM at our scale, for what it is compared with there, and `sealed`
+FEDSHIELD = "fedshield-setting"
+FEDSHIELD_ROWS = ("fedavg", "fedshield", "fedshield agreed mask", "sealed")
 
 
 def cells() -> list[str]:
     """Names of all cells."""
-    return [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("dirichlet", "iid") for data in SETS]
+    grid = [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("dirichlet", "iid") for data in SETS]
+    return [FEDSHIELD, *grid]
+
+
+def rows_of(cell: str) -> tuple[str, ...]:
+    """Names of a cell's rows."""
+    return FEDSHIELD_ROWS if cell == FEDSHIELD else tuple(ROWS)
 
 
 def overrides(cell: str, options: argparse.Namespace, work: Path) -> list[str]:
     """What all rows of a cell have in common."""
+    if cell == FEDSHIELD:
+        folder = options.data / "medical_meadow_small"
+        words = ["experiment=fedshield_llama", f"model.name={options.models / 'llama-4m'}", *COMMON[2:]]
+        return [*words, f"data.path={folder / 'train.jsonl'}", f"data.heldout_path={folder / 'test.jsonl'}"]
     data, division, ranks = cell.split("-")
     clients = ",".join(f"{{rank:{rank},budget:{BUDGET}}}" for rank in RANKS[ranks])
     words = [*COMMON, f"data.partition={division}", f"federation.rounds={ROUNDS[division]}"]
@@ -164,7 +177,7 @@ def main() -> None:
         parser.error(f"--rows {unknown[0]}: want some of {', '.join(ROWS)}")
     jobs = []
     for cell in (c for c in cells() if fnmatch.fnmatch(c, options.cells)):
-        missing = [row for row in wanted if row not in read(cell)["rows"]]
+        missing = [row for row in wanted if row in rows_of(cell) and row not in read(cell)["rows"]]
         jobs += [(cell, missing[i : i + 2]) for i in range(0, len(missing), 2)]
     if not jobs:
         parser.exit(0, "nothing is missing\n")
