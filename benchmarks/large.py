@@ -1,8 +1,8 @@
 """One client's round at the shapes of a large model: seconds per stage, bytes, memory. Weights are random.
 
     python benchmarks/large.py                                           a small Llama, for any machine
-    python benchmarks/large.py --shape llama-2-7b                        needs a GPU of some 24 GB
-    python benchmarks/large.py --shape llama-2-7b --quantization 4bit    needs bitsandbytes, and less than half of that
+    python benchmarks/large.py --shape llama-2-7b                        needs a GPU that holds it in bfloat16
+    python benchmarks/large.py --shape llama-2-7b --quantization 4bit    needs bitsandbytes, and less memory
 
 Trained on random tokens, read to numpy, sealed, summed with a second client's update, unsealed, written back: the
 package's own functions, timed where they are called. The base model is drawn weight by weight on the device in its own

@@ -35,14 +35,11 @@ from ciphertune import wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
-from ciphertune.build_client import generate_key, open_key
-from ciphertune.crypto.clear import ClearPublic
-from ciphertune.crypto.clear_secret import ClearSecret
-from ciphertune.crypto.secret import SecretPart
+from ciphertune.build_client import fresh_part
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.ranks import Contributor
-from ciphertune.settings import Settings, compose
+from ciphertune.settings import compose
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -108,13 +105,6 @@ def adapter(layers: tuple[LayerShape, ...], rank: int, rng: np.random.Generator)
     )
 
 
-def secret(settings: Settings) -> SecretPart:
-    """A client's half with a fresh key."""
-    if settings.crypto.backend == "clear":
-        return ClearSecret(ClearPublic(settings.crypto.precision), settings.crypto.bound)
-    return open_key(settings.crypto, generate_key(settings.crypto))
-
-
 def message_bytes(link: wire.Session, kind: int, round_: int, rank: int, people: Sequence[Contributor]) -> int:
     """Bytes of a message without making one: all that is no part of it is in an empty one."""
     empty = wire.Message(kind, link.plan.factors(round_), round_, 0, rank, 1, tuple(people), b"", b"")
@@ -135,7 +125,7 @@ def measure(overrides: Sequence[str], shape: Shape, repeat: int) -> dict[str, An
     settings = compose(ROOT / "conf", overrides)
     layers, ranks = shapes(shape.hidden, shape.layers), shape.ranks
     plan = make_plan(settings, layers, (), tuple(sorted(set(ranks))))
-    part = secret(settings)
+    part = fresh_part(settings.crypto)
     link = session(settings, plan, run=1, key_fingerprint=part.fingerprint)
     rng = np.random.default_rng(0)
     clients = [adapter(layers, rank, rng) for rank in ranks]

@@ -39,12 +39,12 @@ from ciphertune import exchange, wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import session
-from ciphertune.build_client import generate_key
+from ciphertune.build_client import fresh_part, generate_key, open_key
 from ciphertune.calibration import Calibration
 from ciphertune.crypto import keys
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.forecast import forecast
-from ciphertune.planning import secret_half, settings_of, settle
+from ciphertune.planning import settings_of, settle
 from ciphertune.product import ProductSum
 from ciphertune.shapes import model_shapes
 from ciphertune.versions import versions
@@ -70,7 +70,7 @@ class Work:
     def secret(self) -> SecretPart:
         """A client's half of the backend. Never touched by the server's process."""
         crypto = self.settings.crypto
-        return secret_half(crypto, keys.load(self.folder / "key") if crypto.backend != "clear" else None)
+        return fresh_part(crypto) if crypto.backend == "clear" else open_key(crypto, keys.load(self.folder / "key"))
 
     def link(self, fingerprint: bytes) -> wire.Session:
         """What all messages have in common."""

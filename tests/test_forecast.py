@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from ciphertune import exchange, shapes, wire
 from ciphertune.aggregation import SeparateSum, cut
+from ciphertune.build_client import fresh_part
 from ciphertune.calibration import Calibration
 from ciphertune.cli import main
 from ciphertune.errors import FederationError, SettingsError
 from ciphertune.forecast import Forecast, forecast
 from ciphertune.plan import HeadShape, LayerShape
-from ciphertune.planning import loads, methods_of, secret_half, settings_of, settle, synthetic
+from ciphertune.planning import loads, methods_of, settings_of, settle, synthetic
 from ciphertune.product import ProductSum
 from ciphertune.shapes import head_shapes, layer_shapes
 from tests.oracle import truncated
@@ -182,7 +183,7 @@ ROUNDS = (0, 1, 2)
 def exchanged(settings: Any, heads: tuple[HeadShape, ...], round_: int) -> list[tuple[int, int, int, int]]:
     """Bytes up, bytes down, ciphertexts up and down of each client, of messages that are made and read back."""
     link, people = settle(settings, LAYERS, heads)
-    part = secret_half(settings.crypto)
+    part = fresh_part(settings.crypto)
     link = replace(link, key_fingerprint=part.fingerprint)
     if link.plan.budgets:  # other columns, as many
         rng = np.random.default_rng(0)
@@ -307,7 +308,7 @@ def test_memory_is_near_to_what_a_larger_round_takes(method: str, calibration: C
     layers = wide(40 if method == "full_he" else 400)
     found = of(calibration, f"method={method} rank=8 clients=2", layers, rounds=(0,))
     link, _ = settle(settings, layers, ())
-    part = secret_half(settings.crypto)
+    part = fresh_part(settings.crypto)
     link = replace(link, key_fingerprint=part.fingerprint)
     tracemalloc.start()
     mine = synthetic(link.plan, 8, 0)

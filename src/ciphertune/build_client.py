@@ -35,6 +35,13 @@ def secret_part(crypto: CryptoSettings, node: NodeSettings) -> SecretPart:
     return open_key(crypto, key, node.processes)
 
 
+def fresh_part(crypto: CryptoSettings) -> SecretPart:
+    """The client's half of the backend under a key that is never written anywhere."""
+    if crypto.backend == "clear":
+        return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
+    return open_key(crypto, generate_key(crypto))
+
+
 def open_key(crypto: CryptoSettings, key: SecretKey, processes: int = 1) -> SecretPart:
     """The client's half of an encrypting backend under a key. processes: that share large updates, where it can.
 

@@ -19,9 +19,10 @@ import numpy as np
 from ciphertune import exchange, wire
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import session
+from ciphertune.build_client import fresh_part
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.plan import Plan
-from ciphertune.planning import secret_half, smaller, synthetic
+from ciphertune.planning import smaller, synthetic
 from ciphertune.product import ProductSum
 from ciphertune.ranks import Contributor
 from ciphertune.settings import CryptoSettings, Settings
@@ -118,7 +119,7 @@ class Calibration:
 
     def _secret(self, crypto: CryptoSettings) -> SecretPart:
         if crypto not in self._secrets:
-            self._secrets[crypto] = secret_half(crypto)
+            self._secrets[crypto] = fresh_part(crypto)
         return self._secrets[crypto]
 
 

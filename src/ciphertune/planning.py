@@ -15,18 +15,14 @@ import numpy as np
 from ciphertune import wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.build import public_part
-from ciphertune.build_client import generate_key, open_key
 from ciphertune.checks import check
 from ciphertune.crypto.base import blocks_for
-from ciphertune.crypto.clear import ClearPublic
-from ciphertune.crypto.clear_secret import ClearSecret
-from ciphertune.crypto.secret import SecretKey, SecretPart
 from ciphertune.errors import SettingsError
 from ciphertune.federation import Federation, Hello
 from ciphertune.negotiation import Wish
 from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan, column_count
 from ciphertune.ranks import Contributor
-from ciphertune.settings import CryptoSettings, Settings, compose
+from ciphertune.settings import Settings, compose
 from ciphertune.versions import code_digest
 
 _MOST_CLIENTS = 1000  # of the shorthand
@@ -211,13 +207,6 @@ def _layers(plan: Plan, rank: int, target: int) -> tuple[LayerShape, ...]:
         return tuple(chosen)
     (one,) = chosen
     return (LayerShape(one.name, max(1, one.m * target // values), max(1, one.n * target // values)),)
-
-
-def secret_half(crypto: CryptoSettings, key: SecretKey | None = None) -> SecretPart:
-    """A client's half of the backend under a key, by default a fresh one that is never written anywhere."""
-    if crypto.backend == "clear":
-        return ClearSecret(ClearPublic(crypto.precision), crypto.bound)
-    return open_key(crypto, key or generate_key(crypto))
 
 
 def synthetic(plan: Plan, rank: int, seed: int) -> Adapter:

@@ -38,11 +38,6 @@ class CkksSecret:
     """Encrypts and decrypts under one key. Symmetric: there is no public key and none is needed."""
 
     def __init__(self, params: CkksParams, key: SecretKey) -> None:
-        if key.params_digest != params.digest():
-            raise KeyFileError(
-                f"key {key.fingerprint.hex()} was made for other encryption parameters: "
-                "create one with the crypto settings of this run"
-            )
         self.public = CkksPublic(params)
         self.fingerprint = key.fingerprint
         self._context = _secret_context(params, key)
@@ -79,12 +74,7 @@ class CkksSecret:
 
 def _secret_context(params: CkksParams, key: SecretKey) -> Any:
     """The keyless context with the secret key appended to its protobuf (field 3)."""
-    words = np.frombuffer(key.reveal(), "<u8")
-    expected = params.poly_modulus_degree * len(params.coeff_mod_bits)
-    if words.size != expected:
-        raise KeyFileError(f"key {key.fingerprint.hex()} has {words.size} residues where {expected} are expected")
-    if not words.any():
-        raise KeyFileError(f"key {key.fingerprint.hex()} is all zero: everybody could read what it encrypts")
+    words = key.words(params.digest(), params.poly_modulus_degree * len(params.coeff_mod_bits))
     parms_id = CkksPublic(params).context.seal_context().data.key_parms_id()
     # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
     meta = struct.pack("<4QQd", *parms_id, words.size, 1.0)

@@ -54,11 +54,6 @@ class PackedSecret:
     """
 
     def __init__(self, params: PackedParams, key: SecretKey, processes: int = 1) -> None:
-        if key.params_digest != params.digest():
-            raise KeyFileError(
-                f"key {key.fingerprint.hex()} was made for other encryption parameters: "
-                "create one with the crypto settings of this run"
-            )
         self.public = PackedPublic(params)
         self.fingerprint = key.fingerprint
         self._key = key
@@ -72,13 +67,7 @@ class PackedSecret:
         self._encoder: Encoder = _Ckks(self.public) if params.scheme == "ckks" else _Bfv(self.public)
 
     def _load(self, key: SecretKey, params: PackedParams) -> Any:
-        words = np.frombuffer(key.reveal(), "<u8")
-        if words.size != params.poly_modulus_degree:
-            raise KeyFileError(
-                f"key {key.fingerprint.hex()} has {words.size} residues where {params.poly_modulus_degree} are expected"
-            )
-        if not words.any():
-            raise KeyFileError(f"key {key.fingerprint.hex()} is all zero: everybody could read what it encrypts")
+        words = key.words(params.digest(), params.poly_modulus_degree)
         # SEAL stores a secret key as a plaintext in NTT form: parms_id 32 | count 8 | scale 8 | array
         meta = struct.pack("<4QQd", *self.public.context.key_parms_id(), words.size, 1.0)
         loaded = seal.SecretKey()

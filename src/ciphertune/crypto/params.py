@@ -26,8 +26,8 @@ _DEVIATIONS = 9.0
 
 SCHEMES = ("ckks", "bfv")
 SEED_BYTES = 64  # of SEAL's pseudo-random generator
-# A sum of more travels with both polynomials: expanding more seeds takes longer than receiving what they stand for
-# over a line of some 200 Mbit/s (benchmarks/crypto.py times both forms).
+# A sum of more travels with both polynomials: a client would spend longer on expanding more seeds than on receiving
+# what they stand for over a usual line (benchmarks/crypto.py times both forms).
 MOST_SEEDS = 8
 
 

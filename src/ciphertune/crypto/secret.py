@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ciphertune.crypto.base import PublicPart
+from ciphertune.errors import KeyFileError
 
 
 class SecretKey:
@@ -25,6 +26,20 @@ class SecretKey:
     def reveal(self) -> bytes:
         """The raw key material. Named so that every use stands out in a review."""
         return self._material
+
+    def words(self, params_digest: bytes, count: int) -> npt.NDArray[np.uint64]:
+        """The `count` residues of a key for these parameters. Raises KeyFileError: of others, cut off, or all zero."""
+        name = f"key {self.fingerprint.hex()}"
+        if self.params_digest != params_digest:
+            raise KeyFileError(
+                f"{name} was made for other encryption parameters: create one with the crypto settings of this run"
+            )
+        if len(self._material) != 8 * count:
+            raise KeyFileError(f"{name} has {len(self._material) / 8:g} residues where {count} are expected")
+        found = np.frombuffer(self._material, "<u8")
+        if not found.any():
+            raise KeyFileError(f"{name} is all zero: everybody could read what it encrypts")
+        return found
 
     @property
     def fingerprint(self) -> bytes:
