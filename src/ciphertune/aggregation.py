@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import FederationError, FormatError, PlanMismatchError, RoundMismatchError
+from ciphertune.errors import DisagreementError, FederationError, FormatError, RoundMismatchError
 from ciphertune.ranks import Contributor
 
 
@@ -53,10 +53,10 @@ class SeparateSum:
         return {}
 
     def _agreed(self, message: wire.Message) -> bytes:
-        """The mask of the round so far: equal bytes at all, or updates cannot be added. Raises PlanMismatchError."""
+        """The mask of the round so far: equal bytes at all, or updates cannot be added. Raises DisagreementError."""
         shorter, longer = sorted((self._mask, message.mask), key=len)
         if longer[: len(shorter)] != shorter:
-            raise PlanMismatchError(
+            raise DisagreementError(
                 f"the mask of the update (digest {_digest(message.mask)}) is not that of the others in this round "
                 f"(digest {_digest(self._mask)}): its client holds another aggregate than they do"
             )

@@ -75,6 +75,7 @@ RANGES = {
     "federation.fraction": (1e-6, 1.0),
     "federation.min_clients": (1, 100_000),
     "federation.min_contributors": (1, 100_000),
+    "federation.exclude_after": (0, 100_000),
     "federation.evaluate_every": (1, 100_000),
     "federation.wait_timeout": (1.0, 1e7),
     "federation.round_timeout": (1.0, 1e7),

@@ -138,6 +138,7 @@ class FederationSettings:
     fraction: float = 1.0  # share of the available clients asked per round
     min_clients: int = 2  # wait for this many before the first round
     min_contributors: int = 2  # an aggregate of fewer is never released
+    exclude_after: int = 3  # rounds with an unusable message before a client is excluded; 0: never
     wait_timeout: float = 600.0  # seconds to wait for min_clients
     round_timeout: float = 3600.0  # seconds to wait for the replies of a round
     evaluate_every: int = 1  # rounds; the clients also evaluate before the first and after the last

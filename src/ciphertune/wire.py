@@ -221,6 +221,11 @@ def sizes(
     )
 
 
+def update_size(session: Session, round_: int, who: Contributor) -> int:
+    """Bytes of one client's update."""
+    return _HEAD.size + _CONTRIBUTOR.size + sum(sizes(session, UPDATE, round_, who.rank, (who,))) + _DIGEST
+
+
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
     """Raise FormatError unless ranks and budgets are possible, and weights are positive and sum to at most 1."""
     if not all(plan.accepts(c.rank, c.tier) and c.samples >= 1 for c in contributors):
