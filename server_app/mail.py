@@ -66,7 +66,7 @@ def _pull(grid: Grid, message_id: str, node: int, most: int) -> Message | WireEr
     Who sends a message decides all of it, its metadata too: the SuperLink checks only what it was told beside it.
     """
     try:
-        with flower.arrays_of(most):
+        with flower.arrays_of(2 * most):  # a second reply gets its own line
             found = list(grid.pull_messages([message_id]))
     except (httpx.HTTPError, OSError):  # the SuperLink cannot be reached
         raise
