@@ -9,6 +9,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,29 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from grid import LocalGrid, Objects, Wire, message_of, objects_of, set_metadata
 from safetensors.numpy import load_file
 
-from ciphertune import flower
+from ciphertune import exchange, flower
+from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.aggregation import SeparateSum
 from ciphertune.build import public_part
-from ciphertune.errors import FederationError, FormatError, KeyMismatchError, RoundMismatchError
+from ciphertune.errors import (
+    DisagreementError,
+    FederationError,
+    FormatError,
+    KeyMismatchError,
+    RangeError,
+    ReportError,
+    RoundMismatchError,
+)
 from ciphertune.federation import Federation, Member
+from ciphertune.norms import check_mean, keep_norms, norms
+from ciphertune.ranks import Contributor
 from ciphertune.runs import ServerFolder
 from ciphertune.settings import compose
 from ciphertune.state import identity
 from server_app import mail
 from server_app.conduct import Conduct, check_enough
-from tests.oracle import BODY, forge, with_body
+from tests.messages import parties
+from tests.oracle import BODY, PRODUCT, adapter_of, forge, plan_of, with_body
 from tests.test_federation import SETTINGS, hello
 
 OBSERVER = 3  # a client that is never hostile, of the largest rank
@@ -211,13 +225,16 @@ def test_each_kind_of_wrong_message_leaves_its_sender_out_by_name_and_the_mean_i
     assert text.count("left out") == len(cases)
 
 
-def weighted(change: Callable[[np.ndarray], None]) -> Callable[[Message], Message]:
-    """A change of the values of an update in the clear, of float32."""
+def weighted(change: Callable[[np.ndarray], None], product: bool = False) -> Callable[[Message], Message]:
+    """A change of the readable values of an update, of float32; of a product all before the ciphertexts."""
 
     def apply(data: bytes) -> bytes:
-        values = np.frombuffer(data[BODY:-32], "<f4").copy()
+        end = len(data) - 32
+        if product:
+            end = BODY + (end - BODY) % PRODUCT.block_bytes
+        values = np.frombuffer(data[BODY:end], "<f4").copy()
         change(values)
-        return with_body(data, values.tobytes())
+        return with_body(data, values.tobytes() + data[end:-32])
 
     return payload(apply)
 
@@ -399,6 +416,17 @@ def test_a_client_counts_as_faulty_once_per_round_whatever_it_sends(tmp_path: Pa
     assert list(federation.excluded) == ["a"] and [m.name for m in federation.admitted] == ["b", "c"]
 
 
+def test_what_two_clients_contradict_each_other_in_counts_against_neither(tmp_path: Path) -> None:
+    """Of two masks that differ the first counts, so a hostile client that is quick could get all others excluded."""
+    federation = members("a", "b", "c")
+    watch, a = conduct(federation, tmp_path / "run"), member(federation, "a")
+    for round_ in range(10):
+        watch.left_out("round", round_, a, DisagreementError("x"))
+        watch.left_out("round", round_, a, ReportError("x"))
+        watch.left_out("round", round_, a, FederationError("its process failed"))
+    assert federation.excluded == {} and not (tmp_path / "run/rounds.jsonl").exists()
+
+
 def test_faults_and_exclusions_are_taken_up_from_a_run_folder(tmp_path: Path) -> None:
     first = members("a", "b", "c")
     watch = conduct(first, tmp_path / "run")
@@ -529,3 +557,117 @@ def test_values_that_are_no_names_and_values_are_refused(text: str) -> None:
     with pytest.raises(FormatError):
         flower.unpack(RecordDict({"ciphertune": ConfigRecord({"json": text})}))
     assert flower.unpack(RecordDict({"ciphertune": ConfigRecord({"json": json.dumps({"a": 1})})}))[0] == {"a": 1}
+
+
+# ------------------------------------------------------------------------------------------------------------- norms
+
+
+def larger(times: float) -> Callable[[np.ndarray], None]:
+    def change(values: np.ndarray) -> None:
+        values *= times
+
+    return change
+
+
+@pytest.mark.parametrize("method", ["fedavg", "she_lora"])
+def test_an_update_whose_readable_part_is_far_outside_the_norm_bound_is_left_out(
+    lab: Lab, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    """Every value of it is within crypto.bound. Of she_lora the server reads B and most columns of A."""
+
+    def tamper(reply: Message, source: int) -> Message:
+        return weighted(larger(20.0), method == "she_lora")(reply) if source == 102 and is_update(reply, 0) else reply
+
+    common = "federation.rounds=2 federation.max_norm=20"
+    run = lab(f"method={method} {common}", tamper=tamper)
+    text = said(capsys)
+    found = re.search(
+        r"round 1: left out client-2: what can be read of the update has norm ([\d.]+), above .*=20", text
+    )
+    assert found and 20 < float(found[1]) < 400
+    assert "round 1/2: 3 of 4 clients" in text and "round 2/2: 4 of 4 clients" in text
+    assert summary(run)["status"] == "completed"
+
+
+@pytest.mark.parametrize("select", ["none", "all"])
+def test_a_client_does_not_send_what_it_would_be_left_out_for(select: str) -> None:
+    """The norm of all it trains in the round, encrypted or not, by the oracle's arithmetic."""
+    session, secret = parties("encrypted" if select == "all" else "clear", select=select)
+    adapter = adapter_of(session.plan, 4, 0)
+    squares = [(f.b**2).sum() for f in adapter.layers.values()] + [(h**2).sum() for h in adapter.heads.values()]
+    norm = float(np.sqrt(sum(squares)))  # B travels in even rounds
+
+    def sealed(most: float) -> bytes:
+        bounded = replace(session, max_norm=most)
+        return exchange.seal(adapter, bounded, secret, round_=0, sender=1, samples=1, total=2)
+
+    with pytest.raises(RangeError, match=rf"the update has norm {norm:.4g}, above federation\.max_norm"):
+        sealed(norm * 0.999)
+    data = sealed(norm * 1.001)
+    bounded = replace(session, max_norm=norm * 1.001)
+    SeparateSum(bounded, 0, 2).add(data, sender=1, who=Contributor(4, 1))
+    if select == "none":
+        with pytest.raises(FormatError, match=rf"has norm {norm:.4g}, above federation\.max_norm"):
+            SeparateSum(replace(session, max_norm=norm * 0.999), 0, 2).add(data, sender=1, who=Contributor(4, 1))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """client-1 holds the key and sends, encrypted, a thousand times what it trained."""
+    from ciphertune import client as client_module
+
+    original = client_module.exchange.seal
+
+    def seal(adapter: Adapter, *args: Any, **more: Any) -> bytes:
+        if more["sender"] == 2 and more["round_"] == 1:
+            layers = {n: LoraFactors(100 * f.a, f.b, f.scale) for n, f in adapter.layers.items()}
+            adapter = Adapter(layers, adapter.heads)
+        return original(adapter, *args, **more)
+
+    monkeypatch.setattr(client_module.exchange, "seal", seal)
+
+
+def test_clients_refuse_a_mean_that_one_of_them_poisoned_under_encryption_and_the_run_ends_in_plain_words(
+    lab: Lab, capsys: pytest.CaptureFixture[str], poisoned: None
+) -> None:
+    with pytest.raises(Exception, match=r"0 usable updates, fewer than federation\.min_contributors"):
+        lab("method=sealed federation.rounds=3 federation.exclude_after=1")
+    text = said(capsys)
+    assert "round 2/3: 4 of 4 clients" in text  # the server cannot see it
+    for k in range(4):
+        assert re.search(
+            rf"round 3: left out client-{k}: RangeError: the mean of round 2 has norm .*, \d+ times that of this "
+            r"client's own update \(federation\.max_mean_norm=10\).*End this run",
+            text,
+        )
+    (run,) = lab.runs.iterdir()
+    assert summary(run)["status"] == "failed" and "excluded" not in summary(run)  # nobody honest is blamed for it
+    assert (run / "server/round_0001.msg").is_file()  # everything is kept
+    before = load_file(run / "clients/client-0/state/adapter.safetensors")
+    assert max(np.abs(v).max() for v in before.values()) < 1  # the poison was not taken
+
+
+def test_a_poisoned_mean_is_taken_where_the_labs_say_so(lab: Lab, poisoned: None) -> None:
+    run = lab("method=sealed federation.rounds=3 federation.max_mean_norm=0")
+    after = load_file(run / "clients/client-0/state/adapter.safetensors")
+    assert max(np.abs(v).max() for v in after.values()) > 1
+
+
+def test_a_mean_is_held_against_the_clients_own_update_of_that_round_only(tmp_path: Path) -> None:
+    own = adapter_of(plan_of(), 4, 0)
+    keep_norms(tmp_path, 1, 3, own)
+
+    def times(factor: float, of_heads: float = 1.0) -> Adapter:
+        layers = {n: LoraFactors(f.a, factor * f.b, f.scale) for n, f in own.layers.items()}
+        return Adapter(layers, {n: of_heads * h for n, h in own.heads.items()})
+
+    squares = [(f.scale * f.b @ f.a) ** 2 for f in own.layers.values()]
+    assert norms(own)[0] == pytest.approx(np.sqrt(sum(x.sum() for x in squares)), rel=1e-12)
+    assert norms(own)[1] == pytest.approx(np.sqrt(sum((h**2).sum() for h in own.heads.values())), rel=1e-12)
+    check_mean(tmp_path, 1, 3, times(9.9, 9.9), 10.0)
+    for bad in (times(10.1), times(-10.1), times(1.0, 10.1), times(np.nan)):
+        with pytest.raises(RangeError, match="the mean of round 4 has norm"):
+            check_mean(tmp_path, 1, 3, bad, 10.0)
+        check_mean(tmp_path, 1, 3, bad, 0.0)
+        check_mean(tmp_path, 1, 4, bad, 10.0)  # it sent nothing in that round
+        check_mean(tmp_path, 2, 3, bad, 10.0)  # of another run

@@ -76,6 +76,8 @@ RANGES = {
     "federation.min_clients": (1, 100_000),
     "federation.min_contributors": (1, 100_000),
     "federation.exclude_after": (0, 100_000),
+    "federation.max_norm": (0.0, 1e9),
+    "federation.max_mean_norm": (0.0, 1e9),
     "federation.evaluate_every": (1, 100_000),
     "federation.wait_timeout": (1.0, 1e7),
     "federation.round_timeout": (1.0, 1e7),

@@ -69,6 +69,7 @@ class Session:
     public: PublicPart  # of the secret part
     clear: ClearPublic  # of the clear part
     bound: float  # largest absolute value of an update, hence of a weighted sum
+    max_norm: float = 0.0  # of an update's factors and heads, 0 for none; the server checks what it can read
 
 
 @dataclass(frozen=True)
