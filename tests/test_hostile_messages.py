@@ -414,6 +414,7 @@ def test_a_client_counts_as_faulty_once_per_round_whatever_it_sends(tmp_path: Pa
     assert federation.excluded == {} and len(federation.admitted) == 3
     watch.left_out("round 6", 5, a, RoundMismatchError("z"))
     assert list(federation.excluded) == ["a"] and [m.name for m in federation.admitted] == ["b", "c"]
+    assert [r["round"] for r in rounds(tmp_path / "run")] == [0, 1, 5]
 
 
 def test_what_two_clients_contradict_each_other_in_counts_against_neither(tmp_path: Path) -> None:
@@ -665,7 +666,7 @@ def test_a_mean_is_held_against_the_clients_own_update_of_that_round_only(tmp_pa
     assert norms(own)[0] == pytest.approx(np.sqrt(sum(x.sum() for x in squares)), rel=1e-12)
     assert norms(own)[1] == pytest.approx(np.sqrt(sum((h**2).sum() for h in own.heads.values())), rel=1e-12)
     check_mean(tmp_path, 1, 3, times(9.9, 9.9), 10.0)
-    for bad in (times(10.1), times(-10.1), times(1.0, 10.1), times(np.nan)):
+    for bad in (times(10.1), times(-10.1), times(1.0, 10.1), times(np.nan), times(1.0, np.nan)):
         with pytest.raises(RangeError, match="the mean of round 4 has norm"):
             check_mean(tmp_path, 1, 3, bad, 10.0)
         check_mean(tmp_path, 1, 3, bad, 0.0)
