@@ -14,10 +14,12 @@ from ciphertune.errors import CiphertuneError, FederationError
 from ciphertune.federation import Federation, Hello, Member, parse_hello
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
+from server_app.conduct import check_enough
 from server_app.mail import exchange, open_reply, say
 
 # A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
 _GREETING_SECONDS = 180.0
+_MOST_TEXT = 1 << 22  # characters of a greeting: it names every layer
 
 
 class Door:
@@ -73,13 +75,17 @@ class Door:
             say(f"left out {reason}")
 
     def online(self, grid: Grid) -> list[Member]:
-        """The members whose nodes are connected."""
+        """The members whose nodes are connected, without the excluded."""
         nodes = set(grid.get_node_ids())
-        return [m for m in self.federation.members if m.hello.node_id in nodes]
+        return [m for m in self.federation.admitted if m.hello.node_id in nodes]
 
     def wait_for_enough(self, grid: Grid) -> list[Member]:
-        """The members that are connected, once they are enough for an aggregate, or after `wait_timeout` seconds."""
+        """The members that are connected, once they are enough for an aggregate, or after `wait_timeout` seconds.
+
+        Raises FederationError at once when so many were excluded that it is no use to wait.
+        """
         federation = self.settings.federation
+        check_enough(self.federation)
         deadline = time.monotonic() + federation.wait_timeout
         said = False
         while len(found := self.online(grid)) < federation.min_contributors and time.monotonic() < deadline:
@@ -111,10 +117,10 @@ class Door:
             node, client = whom[index]
             name = f"node {node % (1 << 32):08x}"
             try:
-                values = {} if reply.has_error() else flower.unpack(reply.content)[0]
+                values = {} if reply.has_error() else flower.unpack(reply.content, most=_MOST_TEXT)[0]
                 simulated.append(values.get("simulated") is True)
-                name = str(values.get("name", name))[:64]
-                hellos.append(parse_hello(open_reply(reply)[0], node, client))
+                name = str(values["name"])[:64] if isinstance(values.get("name"), str) else name
+                hellos.append(parse_hello(open_reply(reply, most=_MOST_TEXT)[0], node, client))
             except CiphertuneError as error:
                 self._refusals.append((name, str(error)))
         return hellos, bool(simulated) and all(simulated)

@@ -21,6 +21,7 @@ from ciphertune.runs import ServerFolder
 from ciphertune.scores import Score, lines_of_table, mean, report_of, score_of, seconds_of, show
 from ciphertune.settings import Settings
 from ciphertune.task import Terms
+from server_app.conduct import Conduct
 from server_app.door import Door
 from server_app.mail import exchange, open_reply, say
 from server_app.table import Table
@@ -32,7 +33,8 @@ class EncryptedLora(Strategy):
     def __init__(self, settings: Settings, folder: ServerFolder, run: int) -> None:
         self.settings, self.folder = settings, folder
         self.federation = Federation(settings, run)
-        self.ledger = Ledger(settings, folder)
+        self.ledger = Ledger(settings, folder, self.federation.excluded)
+        self.conduct = Conduct(self.federation, folder)
         self.door = Door(settings, self.federation)
         self.table = Table(settings, self.federation)
         self._chosen: list[Member] = []  # whom the messages of the current exchange go to
@@ -129,7 +131,7 @@ class EncryptedLora(Strategy):
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)
             except CiphertuneError as error:
-                say(f"round {server_round + 1}: left out {member.name}: {error}")
+                self.conduct.left_out(f"round {server_round + 1}", server_round, member, error)
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
         started = time.perf_counter()
@@ -180,14 +182,14 @@ class EncryptedLora(Strategy):
         for reply in self.stream(grid, [message for message, _ in asked], timeout):
             member = self._asked[reply.metadata.reply_to_message_id]
             try:
-                values, _ = open_reply(reply)
+                values, _ = open_reply(reply, most=self.table.most_text)
                 wish, seconds = self.table.wish(member, values), seconds_of(values)
                 wishes.append(wish)
                 self.ledger.stages(round_, member, seconds)
                 self.ledger.negotiated(round_, member, len(json.dumps(values["columns"])), sent[member.name])
                 member.have = max(member.have, round_ - 1)
             except CiphertuneError as error:
-                say(f"negotiation: left out {member.name}: {error}")
+                self.conduct.left_out("negotiation", round_, member, error)
                 member.have = -1
         outcome = self.table.settle(round_, online, wishes)
         if outcome:
@@ -236,9 +238,19 @@ class EncryptedLora(Strategy):
 
     def stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Replies as they come, for at most `timeout` seconds; `_asked` says whose each one is."""
-        for index, reply in exchange(grid, list(messages), timeout):
+        messages = list(messages)
+        most = [self._most(m, member) for m, member in zip(messages, self._chosen, strict=True)]
+        for index, reply in exchange(grid, messages, timeout, most):
             self._asked[reply.metadata.reply_to_message_id] = self._chosen[index]
             yield reply
+
+    def _most(self, message: Message, member: Member) -> int:
+        """Bytes of arrays that a reply may hold: an update's, and of any other none."""
+        if message.metadata.message_type != "train":
+            return 0
+        assert self.federation.session is not None
+        round_, who = int(message.metadata.group_id), self.federation.contributor(member)
+        return wire.update_size(self.federation.session, round_, who)
 
     def _scores(self, replies: Iterable[Message], stage: str, round_: int) -> dict[str, Score]:
         found: dict[str, Score] = {}
@@ -250,5 +262,5 @@ class EncryptedLora(Strategy):
                 self.ledger.stages(round_, member, seconds_of(values))
                 say(f"  {member.name} {stage}: held-out {show(found[member.name])}")
             except CiphertuneError as error:
-                say(f"{stage}: left out {member.name}: {error}")
+                self.conduct.left_out(stage, round_, member, error)
         return found

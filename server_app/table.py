@@ -9,7 +9,7 @@ from ciphertune.errors import FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.negotiation import Wish, parse_wish
 from ciphertune.settings import Settings
-from server_app.mail import say
+from server_app.mail import MOST_TEXT, say
 
 
 class Table:
@@ -31,6 +31,12 @@ class Table:
             or bool(every and round_ % every == 0)
             or any(not self._federation.covered(m) and m.name not in self._silent for m in online)
         )
+
+    @property
+    def most_text(self) -> int:
+        """Characters that a readable answer may have: a number of a column and a separator for all columns."""
+        assert self._federation.session is not None
+        return MOST_TEXT + 16 * sum(x.n for x in self._federation.session.plan.layers)
 
     def wish(self, member: Member, values: dict[str, Any]) -> Wish:
         """What a client answered. Raises FormatError."""

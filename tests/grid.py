@@ -1,4 +1,8 @@
-"""An in-process Grid: it calls the real ClientApp for each message and sends every message through its bytes."""
+"""An in-process Grid: it calls the real ClientApp for each message and sends every message through its bytes.
+
+Replies travel as they do between Flower's processes: as objects (message, records, arrays, chunks of arrays), each of
+bytes that name the others by their SHA-256. Whoever sends a reply decides all of these bytes.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,44 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity  # private: isolated in this file
+
+# private: isolated in this file
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import app
 
-Tamper = Callable[[Message, int], Message]
+Objects = dict[str, bytes]  # object id -> content, the message's last
+Wire = list[Objects]  # the replies to one message
+# what a hostile client or network makes of a reply: of the message, or of its objects on the way, perhaps of several
+Tamper = Callable[[Message, int], Message | Wire]
+SUPERLINK = 1  # its node id
+UNAVAILABLE = 1  # any code
 
 
 def through_bytes(records: RecordDict) -> RecordDict:
     data = recorddict_to_proto(records).SerializeToString()
     return recorddict_from_proto(RecordDictProto.FromString(data))
+
+
+def objects_of(message: Message) -> Objects:
+    """A message as Flower's HttpGrid sends it."""
+    return {name: found.deflate() for name, found in get_all_nested_objects(message).items()}
+
+
+def message_of(objects: Objects) -> Message:
+    """What Flower's HttpGrid makes of it, errors included."""
+    name = list(objects)[-1]
+    message = inflate_object_from_contents(name, dict(objects))
+    message.metadata.__dict__["_message_id"] = name
+    return message  # type: ignore[return-value]
+
+
+def set_metadata(message: Message, **fields: Any) -> Message:
+    """The message with fields of its metadata replaced."""
+    message.metadata.__dict__.update({f"_{name}": value for name, value in fields.items()})
+    return message
 
 
 class LocalGrid(Grid):
@@ -36,7 +68,8 @@ class LocalGrid(Grid):
     ) -> None:
         self.nodes, self.run_config, self.tamper = dict(nodes), run_config, tamper
         self.run_id = 4242
-        self.replies: dict[str, Message] = {}
+        self.replies: dict[str, Wire] = {}
+        self.messages: dict[str, Message] = {}
         self.sent: list[tuple[int, Message]] = []
         self.answered: list[tuple[int, Message]] = []
         self.outgoing = outgoing
@@ -72,12 +105,22 @@ class LocalGrid(Grid):
             except Exception as error:
                 reply = Message(Error(0, str(error)), reply_to=message)
             self.answered.append((node, reply))
-            self.replies[message_id] = self.tamper(reply, node) if self.tamper else reply
+            found = self.tamper(reply, node) if self.tamper else reply
+            self.replies[message_id] = found if isinstance(found, list) else [objects_of(found)]
+            self.messages[message_id] = message
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self.replies.pop(i) for i in message_ids if i in self.replies]
+        """The replies to these messages; of one that was answered already the SuperLink says that it is gone."""
+        found: list[Message] = []
+        for i in message_ids:
+            if i in self.replies:
+                found += [message_of(objects) for objects in self.replies.pop(i)]
+            else:
+                gone = Message(Error(UNAVAILABLE, "Message Unavailable"), reply_to=self.messages[i])
+                found.append(set_metadata(gone, src_node_id=SUPERLINK))
+        return found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))

@@ -111,6 +111,8 @@ def test_a_late_client_that_does_not_fit_is_refused(changes: dict[str, Any], err
         {"key": "zz"},
         {"key": "00"},
         {"initial": "<script>"},
+        {"identity": ""},
+        {"identity": ["00" * 16]},
         {"layers": [["x", 0, 4]]},
         {"layers": [["x", 2**40, 4]]},
         {"layers": 7},
@@ -130,6 +132,7 @@ def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
         "settings": "00" * 16,
         "code": "00" * 8,
         "initial": "00" * 8,
+        "identity": "00" * 16,
         "layers": [["x", 3, 4]],
         "heads": [["h", [2, 3]]],
     }

@@ -7,6 +7,7 @@ clients. `product` (product.py): sums of products, in a basis that all clients s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import FederationError, FormatError, PlanMismatchError, RoundMismatchError
+from ciphertune.errors import DisagreementError, FederationError, FormatError, RoundMismatchError
 from ciphertune.ranks import Contributor
 
 
@@ -38,6 +39,8 @@ class SeparateSum:
             raise RoundMismatchError(f"client {sender} has already contributed to round {self._round}")
         message, clear = opened(data, self._session, self._round, sender, who, self._total)
         check_weighted(clear, self._session.bound, message)  # all parts are good before any is added
+        weight = message.contributors[0].samples / message.total
+        check_norm([x / weight for x in (clear, readable(message, self._session))], self._session)
         wire.check_contributors(message.contributors, self._total - self._samples, self._session.plan)
         mask = self._agreed(message)
         self._secret.add(message.secret)
@@ -53,10 +56,10 @@ class SeparateSum:
         return {}
 
     def _agreed(self, message: wire.Message) -> bytes:
-        """The mask of the round so far: equal bytes at all, or updates cannot be added. Raises PlanMismatchError."""
+        """The mask of the round so far: equal bytes at all, or updates cannot be added. Raises DisagreementError."""
         shorter, longer = sorted((self._mask, message.mask), key=len)
         if longer[: len(shorter)] != shorter:
-            raise PlanMismatchError(
+            raise DisagreementError(
                 f"the mask of the update (digest {_digest(message.mask)}) is not that of the others in this round "
                 f"(digest {_digest(self._mask)}): its client holds another aggregate than they do"
             )
@@ -105,7 +108,7 @@ def opened(
     if clear.size and float(np.abs(clear).max()) > session.bound:
         raise FormatError(f"the clear part holds values above crypto.bound={session.bound:g}")
     if not session.public.encrypts:  # what would be encrypted can be looked at as well
-        check_weighted(parse(message.secret, session.clear.dtype), session.bound, message)
+        check_weighted(readable(message, session), session.bound, message)
     return message, clear
 
 
@@ -118,6 +121,20 @@ def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.
     most = bound * message.contributors[0].samples / message.total
     if values.size and float(np.abs(values).max()) > most * (1 + 1e-6):  # rounding to float32
         raise FormatError(f"the message holds values above crypto.bound={bound:g} times the client's weight")
+
+
+def readable(message: wire.Message, session: wire.Session) -> npt.NDArray[np.float64]:
+    """The values of the secret part where nothing is encrypted."""
+    return np.zeros(0) if session.public.encrypts else parse(message.secret, session.clear.dtype)
+
+
+def check_norm(parts: Sequence[npt.NDArray[np.float64]], session: wire.Session) -> None:
+    """Raise FormatError when the L2 norm of what can be read of an update, without its weight, is above the bound."""
+    norm = float(np.sqrt(sum(np.square(x).sum() for x in parts)))
+    if session.max_norm and not norm <= session.max_norm * (1 + 1e-5):  # rounding to float32
+        raise FormatError(
+            f"what can be read of the update has norm {norm:.4g}, above federation.max_norm={session.max_norm:g}"
+        )
 
 
 def too_few(round_: int, found: int, minimum: int) -> FederationError:

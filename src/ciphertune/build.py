@@ -72,4 +72,5 @@ def session(settings: Settings, plan: Plan, *, run: int, key_fingerprint: bytes)
         public=public_part(settings.crypto),
         clear=ClearPublic(settings.crypto.precision),
         bound=settings.crypto.bound,
+        max_norm=settings.federation.max_norm,
     )

@@ -31,6 +31,7 @@ from ciphertune.lm import evaluate as lm_evaluate
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
+from ciphertune.norms import check_mean, keep_norms
 from ciphertune.plan import Plan
 from ciphertune.privacy import epsilon, noise_multiplier, protect
 from ciphertune.progress import Progress, note
@@ -193,6 +194,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             tier=tier,
             guide=difference(adapter, initial) if plan.select == "entries" else adapter,
         )
+    keep_norms(client.node.folder, client.run, task.round, update)
     if plan.share == "none":
         save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
     elif plan.shared(adapter.rank) < adapter.rank:
@@ -273,7 +275,8 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
         for found, data in zip(task.aggregates, received, strict=True):
             link, at = client.session(client.plan(found.terms)), found.round
             adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
-            _enough(message, link.plan, client.settings.federation.min_contributors)
+            exchange.enough(message, link.plan, client.settings.federation.min_contributors)
+            check_mean(client.node.folder, client.run, at, adapter, client.settings.federation.max_mean_norm)
             client.noise = max(client.noise, exchange.noise_of(message, link))
             if link.plan.fit_rank == "merge":
                 merging.merge(client.node.folder, client.run, at, adapter)
@@ -285,13 +288,6 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
     return adapter, at
-
-
-def _enough(message: wire.Message, plan: Plan, minimum: int) -> None:
-    """Refuse what an honest server would not have released; a lying one can still name more than there were."""
-    needed = message.rank if plan.aggregate == "separate" else 1
-    if sum(c.rank >= needed for c in message.contributors) < minimum:
-        raise PlanMismatchError(f"the aggregate of round {message.round} has fewer than {minimum} contributors")
 
 
 def _evaluate(client: Client) -> dict[str, Any]:

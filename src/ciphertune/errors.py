@@ -8,9 +8,11 @@ CiphertuneError                 one clear line: what was wrong, with which value
 ├── RangeError                  a value that encryption could not carry (NaN, infinite, too large)
 ├── WireError                   a message that must not be used
 │   ├── FormatError             not ours, wrong version, wrong length, damaged
+│   │   └── ReportError         a figure in a client's report that is none
 │   ├── ParameterMismatchError  encrypted under other parameters
 │   ├── KeyMismatchError        encrypted under another key
 │   ├── PlanMismatchError       made for another plan (layers, shapes, ranks)
+│   │   └── DisagreementError   two clients contradict each other, and nobody can tell which one is wrong
 │   ├── SettingsMismatchError   made under other settings
 │   └── RoundMismatchError      another run, round or sender; a replay
 └── FederationError             the run cannot go on (too few clients, nothing usable in a round)
@@ -49,6 +51,10 @@ class FormatError(WireError):
     """The bytes are not a message of this wire version."""
 
 
+class ReportError(FormatError):
+    """A figure in a client's report is not a number in its range. An honest client's model may have diverged."""
+
+
 class ParameterMismatchError(WireError):
     """The message was made under other encryption parameters."""
 
@@ -59,6 +65,10 @@ class KeyMismatchError(WireError):
 
 class PlanMismatchError(WireError):
     """The message was made for another plan."""
+
+
+class DisagreementError(PlanMismatchError):
+    """Two clients contradict each other, and nobody can tell which one is wrong."""
 
 
 class SettingsMismatchError(WireError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -60,6 +61,7 @@ def seal(
     plan = session.plan
     for tensor in (*adapter.heads.values(), *(x for f in adapter.layers.values() for x in (f.a, f.b))):
         check_range(tensor, session.bound)
+    _check_norm(adapter, session, round_)
     factors, weight, rank = plan.factors(round_), samples / total, plan.shared(adapter.rank)
     mask = b""
     if plan.aggregate == "separate":
@@ -120,6 +122,13 @@ def unseal(
         if tensor.size and not np.abs(tensor).max() <= most:
             raise _absurd(round_, session.bound)
     return adapter, message
+
+
+def enough(message: wire.Message, plan: Plan, minimum: int) -> None:
+    """Refuse what an honest server would not have released; a lying one can still name more than there were."""
+    needed = message.rank if plan.aggregate == "separate" else 1
+    if sum(c.rank >= needed for c in message.contributors) < minimum:
+        raise PlanMismatchError(f"the aggregate of round {message.round} has fewer than {minimum} contributors")
 
 
 def _within(values: Vector, largest: float) -> bool:
@@ -211,6 +220,20 @@ def _from_product(
         else:
             layers[layer.name] = reparameterise(found.left, mean, old)
     return Adapter(layers, join_heads(segments[0] / share, plan, base))
+
+
+def _check_norm(adapter: Adapter, session: wire.Session, round_: int) -> None:
+    """Refuse an update above the norm that the server would leave this client out for. Raises RangeError."""
+    factors = session.plan.factors(round_)
+    parts = [x for f in adapter.layers.values() for x in (("a" in factors) * f.a, ("b" in factors) * f.b)]
+    if session.plan.aggregate != "separate":
+        parts = [x for f in adapter.layers.values() for x in (f.a, f.scale * f.b)]
+    norm = math.sqrt(sum(float(np.square(x, dtype=np.float64).sum()) for x in (*parts, *adapter.heads.values())))
+    if session.max_norm and norm > session.max_norm:
+        raise RangeError(
+            f"the update has norm {norm:.4g}, above federation.max_norm={session.max_norm:g}: training diverged, or "
+            "raise it for every client"
+        )
 
 
 def _check_reach(adapter: Adapter, session: wire.Session) -> None:

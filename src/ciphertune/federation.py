@@ -47,6 +47,7 @@ class Hello:
     initial: str
     layers: tuple[LayerShape, ...]
     heads: tuple[HeadShape, ...]
+    identity: str = ""  # random, of this run: who else comes by its name is not it
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Member:
 def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hello:
     """Check what came over the wire. Raises FormatError."""
     try:
-        if not isinstance(values["name"], str):
+        if not all(isinstance(values[k], str) for k in ("name", "identity")):
             raise TypeError
         hello = Hello(
             node_id=node_id,
@@ -78,14 +79,14 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             heldout=int(values["heldout"]),
             simulated=bool(values["simulated"]),
             key=bytes.fromhex(values["key"]),
-            **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial")},
+            **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial", "identity")},
             layers=tuple(LayerShape(str(n), int(m), int(k)) for n, m, k in values["layers"]),
             heads=tuple(HeadShape(str(n), tuple(int(d) for d in s)) for n, s in values["heads"]),
         )
         Plan.from_json(Plan(hello.layers, hello.heads, 1.0, (hello.rank,), "both", "none", "pad").to_json())
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError("the client's greeting is not readable") from error
-    digests = (hello.parameters, hello.settings, hello.code, hello.initial)
+    digests = (hello.parameters, hello.settings, hello.code, hello.initial, hello.identity)
     if not NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
         raise FormatError("the client's greeting is not readable")
     for what, count in (("training", hello.samples), ("held-out", hello.heldout)):
@@ -101,6 +102,7 @@ class Federation:
         self.settings, self.run = settings, run
         self._digest = settings.digest().hex()
         self.members: list[Member] = []
+        self.excluded: dict[str, str] = {}  # name -> why
         self.session: wire.Session | None = None
         # oldest first; only what some client might still need, each with the plan it was made under
         self._history: list[tuple[wire.Message, Plan]] = []
@@ -172,9 +174,16 @@ class Federation:
         if self.members and hello.initial != self.members[0].hello.initial:
             raise PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
         known = next((m for m in self.members if m.name == hello.name), None)
+        if hello.name in self.excluded:
+            raise FederationError(f"{hello.name} is excluded from this run: {self.excluded[hello.name]}")
         if known is None:
             known = Member(len(self.members) + 1, hello)
             self.members.append(known)
+        elif known.hello.identity not in ("", hello.identity):
+            raise FormatError(
+                f"another client has joined this run as {hello.name}: give each its own name in --node-config; a node "
+                "that lost its run folder is another client, too"
+            )
         elif known.hello.node_id in online:
             raise FormatError(f"another node is called {hello.name} already: give each its own name in --node-config")
         else:  # the same client on a node that was started anew
@@ -193,6 +202,11 @@ class Federation:
         found = negotiate([x.n for x in plan.layers], wishes)
         self.session = replace(self.session, plan=replace(plan, budgets=found.budgets, columns=found.columns))
         return found
+
+    @property
+    def admitted(self) -> list[Member]:
+        """The members that are not excluded."""
+        return [m for m in self.members if m.name not in self.excluded]
 
     def covered(self, member: Member) -> bool:
         """Whether the plan has a budget as large as this member's."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -13,6 +14,7 @@ from ciphertune.errors import FormatError, KeyMismatchError
 STYPE = "ciphertune"
 # A JSON part beyond this is no message of ours.
 _MAX_JSON = 1 << 26  # two plans that name every column of a model of 13 billion parameters
+_MAX_ARRAYS = 10_000
 
 
 def pack(values: Mapping[str, Any], payload: Sequence[bytes] = ()) -> RecordDict:
@@ -24,21 +26,25 @@ def pack(values: Mapping[str, Any], payload: Sequence[bytes] = ()) -> RecordDict
     return records
 
 
-def unpack(records: RecordDict) -> tuple[dict[str, Any], list[bytes]]:
-    """The inverse of `pack`. Raises FormatError on anything else."""
-    try:
-        text = records.config_records["ciphertune"]["json"]
-        if not isinstance(text, str) or len(text) > _MAX_JSON:
-            raise FormatError("the message's values are not text of a sane length")
-        values = json.loads(text)
-        arrays = records.array_records.get("payload") or ArrayRecord()
-        payload = [arrays[key].data for key in sorted(arrays)]
-        kinds = {array.stype for array in arrays.values()}
-    except (KeyError, ValueError, RecursionError, AttributeError) as error:
-        raise FormatError("not a message of this application") from error
-    if not isinstance(values, dict) or kinds - {STYPE}:
+def unpack(records: RecordDict, *, most: int = _MAX_JSON) -> tuple[dict[str, Any], list[bytes]]:
+    """The inverse of `pack`. most: characters of the values. Raises FormatError on anything else."""
+    config, arrays = records.get("ciphertune"), records.get("payload", ArrayRecord())
+    if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise FormatError("not a message of this application")
-    return values, payload
+    if set(records) - {"ciphertune", "payload"} or set(config) != {"json"} or len(arrays) > _MAX_ARRAYS:
+        raise FormatError(f"the message holds other records than expected: {len(records)} with {len(arrays)} arrays")
+    text = config["json"]
+    if not isinstance(text, str) or len(text) > most:
+        raise FormatError(f"the message's values are not text of at most {most} characters")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("not a message of this application: its values are not readable") from error
+    if not isinstance(values, dict):
+        raise FormatError("not a message of this application: its values have no names")
+    if any((a.dtype, a.shape, a.stype) != ("bytes", (len(a.data),), STYPE) for a in arrays.values()):
+        raise FormatError("not a message of this application: an array in it is not of its bytes")
+    return values, [arrays[key].data for key in sorted(arrays)]
 
 
 def reply(message: Message, values: Mapping[str, Any], payload: Sequence[bytes] = ()) -> Message:
@@ -55,3 +61,45 @@ def failure(message: Message, error: BaseException, name: str, *, show: bool) ->
     kind = type(error).__name__
     line = " ".join(str(error).split())[:500] if show or isinstance(error, KeyMismatchError) else ""
     return reply(message, {"error": kind, "line": line, "name": name, "simulated": show})
+
+
+class _Joined:
+    """Bytes that arrays may still grow to while a message is taken from Flower; None outside of `arrays_of`."""
+
+    left: int | None = None
+
+
+@contextmanager
+def arrays_of(most: int) -> Iterator[None]:
+    """While this is open, Flower joins the chunks of incoming arrays to at most so many bytes. Else a FormatError.
+
+    A sender names the chunks that make up an array. A chunk of 5 MB that is named 20,000 times would become 100 GB
+    before anybody could look at the message.
+    """
+    _Joined.left = most
+    try:
+        yield
+    finally:
+        _Joined.left = None
+
+
+_join = Array.inflate.__func__  # type: ignore[attr-defined]
+
+
+def _bounded(cls: type[Array], object_content: bytes, children: Any = None) -> Array:
+    """`Array.inflate`, within what `arrays_of` allows."""
+    if _Joined.left is not None and children:
+        named = json.loads(object_content.partition(b"\0")[2])["arraychunk_ids"]
+        longest = max(len(chunk.data) for chunk in children.values())
+        # all chunks but the last are of one size
+        if (len(named) - 1) * longest > _Joined.left:
+            raise FormatError(f"an array of {len(named)} chunks of {longest} bytes is longer than any that is expected")
+    array: Array = _join(cls, object_content, children)
+    if _Joined.left is not None:
+        _Joined.left -= len(array.data)
+        if _Joined.left < 0:
+            raise FormatError("the message's arrays are longer than any that are expected")
+    return array
+
+
+Array.inflate = classmethod(_bounded)  # type: ignore[assignment]

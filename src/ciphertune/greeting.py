@@ -9,6 +9,7 @@ import numpy as np
 
 from ciphertune.adapter import Adapter
 from ciphertune.plan import HeadShape, LayerShape
+from ciphertune.state import identity
 from ciphertune.versions import code_digest, versions
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def join(client: Client) -> dict[str, Any]:
     layers, heads = shapes(initial)
     return {
         "name": client.node.name,
+        "identity": identity(client.node.folder, client.run),
         "index": client.node.index,
         "simulated": client.node.simulated,
         "rank": client.node.rank,

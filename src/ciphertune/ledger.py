@@ -18,8 +18,9 @@ from ciphertune.settings import Settings
 class Ledger:
     """Figures of one run."""
 
-    def __init__(self, settings: Settings, folder: ServerFolder) -> None:
+    def __init__(self, settings: Settings, folder: ServerFolder, excluded: Mapping[str, str] | None = None) -> None:
         self._settings, self._folder = settings, folder
+        self._excluded = {} if excluded is None else excluded  # client -> why; it may grow while the run goes on
         self._members: dict[str, Member] = {}
         self._up: dict[int, dict[str, int]] = defaultdict(dict)  # round -> client -> bytes
         self._down: dict[int, dict[str, int]] = defaultdict(dict)
@@ -158,6 +159,7 @@ class Ledger:
         summary = {
             "status": status,
             **({"reason": reason} if reason else {}),
+            **({"excluded": dict(self._excluded)} if self._excluded else {}),
             "method": self._settings.method.name,
             "rounds": len(self._round_seconds),
             "seconds": round(time.perf_counter() - self._start, 3),

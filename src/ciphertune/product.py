@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ciphertune import wire
-from ciphertune.aggregation import check_weighted, opened, too_few
+from ciphertune.aggregation import check_norm, check_weighted, opened, readable, too_few
 from ciphertune.columns import Codes, Factors, aggregate_tier, basis_ranks, clear_codes, read_clear, slots
 from ciphertune.crypto.base import blocks_for
 from ciphertune.errors import FormatError, RoundMismatchError
@@ -64,6 +64,9 @@ class ProductSum:
         wire.check_contributors((*(u.who for u in self._updates.values()), who), self._total, plan)
         layers = read_clear(clear, plan, (who.rank,) * len(plan.layers), who.tier)
         check_weighted(np.concatenate([np.ravel(x.right) for x in layers] or [clear]), self._session.bound, message)
+        weight = message.contributors[0].samples / message.total
+        parts = [y for x in layers for y in (x.left, x.right / weight)]
+        check_norm([*parts, readable(message, self._session) / weight], self._session)
         largest = self._session.bound * max((reach(x.left) for x in layers), default=0.0)
         if largest > public.largest:
             raise FormatError(f"a factor B is so large that the product could reach {largest:.3g} and wrap around")

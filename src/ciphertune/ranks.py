@@ -64,20 +64,24 @@ def to_mean(
     return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))
 
 
-def norm_weight(adapter: Adapter) -> int:
-    """The weight of a client by the norm of its update, in units of 1e-6 (HetLoRA, arXiv 2401.06432, section 3.2).
-
-    The Frobenius norm of all layers' B A together, from the small Gram matrices. At least 1, at most LARGEST_NORM.
-    Heads are weighted by it as well.
-    Raises RangeError for an update that is not finite.
-    """
+def update_norm(adapter: Adapter) -> float:
+    """The Frobenius norm of all layers' scale * B A together, from the small Gram matrices."""
     square = 0.0
     for f in adapter.layers.values():
         a, b = f.a.astype(np.float64), f.b.astype(np.float64)
         square += f.scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
-    if not np.isfinite(square):
+    return float(np.sqrt(max(0.0, square))) if np.isfinite(square) else float("inf")
+
+
+def norm_weight(adapter: Adapter) -> int:
+    """The weight of a client by the norm of its update, in units of 1e-6 (HetLoRA, arXiv 2401.06432, section 3.2).
+
+    At least 1, at most LARGEST_NORM. Heads are weighted by it as well. Raises RangeError for one that is not finite.
+    """
+    norm = update_norm(adapter)
+    if not np.isfinite(norm):
         raise RangeError("the update holds NaN or infinite values: lower training.learning_rate or look at the data")
-    return int(min(LARGEST_NORM, max(1, round(1e6 * np.sqrt(max(0.0, square))))))
+    return int(min(LARGEST_NORM, max(1, round(1e6 * norm))))
 
 
 def reparameterise(q: FloatArray, m: FloatArray, base: LoraFactors) -> LoraFactors:

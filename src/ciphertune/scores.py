@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ciphertune.errors import FormatError
+from ciphertune.errors import FormatError, ReportError
 
 _METRICS = ("perplexity", "accuracy", "f1")
 _STAGES = ("load", "unseal", "evaluate", "score", "train", "seal", "save")
@@ -27,13 +27,13 @@ class Score:
 
 
 def number(value: Any, low: float, high: float) -> float:
-    """A number from a client. Raises FormatError unless it is one, finite, and in the range."""
+    """A number from a client. Raises ReportError unless it is one, finite, and in the range."""
     try:
         found = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     except OverflowError:
         found = math.inf
     if not low <= found <= high:
-        raise FormatError(f"the client reports {str(value)[:40]} where a number from {low:g} to {high:g} is expected")
+        raise ReportError(f"the client reports {str(value)[:40]} where a number from {low:g} to {high:g} is expected")
     return found
 
 

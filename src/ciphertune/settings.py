@@ -138,6 +138,9 @@ class FederationSettings:
     fraction: float = 1.0  # share of the available clients asked per round
     min_clients: int = 2  # wait for this many before the first round
     min_contributors: int = 2  # an aggregate of fewer is never released
+    exclude_after: int = 3  # rounds with an unusable message before a client is excluded; 0: never
+    max_norm: float = 0.0  # L2 norm of an update, its factors and heads; 0: none. The server checks what it can read
+    max_mean_norm: float = 10.0  # times that of its own update a client takes of a mean; 0: any
     wait_timeout: float = 600.0  # seconds to wait for min_clients
     round_timeout: float = 3600.0  # seconds to wait for the replies of a round
     evaluate_every: int = 1  # rounds; the clients also evaluate before the first and after the last

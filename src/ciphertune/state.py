@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,14 @@ def count_release(folder: Path, run: int) -> int:
     sent = int(path.read_text()) + 1 if path.is_file() else 1
     write(path, str(sent).encode())
     return sent
+
+
+def identity(folder: Path, run: int) -> str:
+    """A random number that this node keeps for a run, and tells the server alone: nobody else can come by its name."""
+    path = folder / "state" / f"identity-{run:x}"
+    if not path.is_file():
+        write(path, secrets.token_hex(16).encode())
+    return path.read_text()
 
 
 def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:

@@ -69,6 +69,7 @@ class Session:
     public: PublicPart  # of the secret part
     clear: ClearPublic  # of the clear part
     bound: float  # largest absolute value of an update, hence of a weighted sum
+    max_norm: float = 0.0  # of an update's factors and heads, 0 for none; the server checks what it can read
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,11 @@ def sizes(
         hidden,
         sum(mask_bytes(entries) for entries in mask),
     )
+
+
+def update_size(session: Session, round_: int, who: Contributor) -> int:
+    """Bytes of one client's update."""
+    return _HEAD.size + _CONTRIBUTOR.size + sum(sizes(session, UPDATE, round_, who.rank, (who,))) + _DIGEST
 
 
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
