@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from ciphertune.errors import FormatError, KeyMismatchError
+from ciphertune.errors import FormatError, KeyMismatchError, SettingsError
 
 STYPE = "ciphertune"
 # A JSON part beyond this is no message of ours.
@@ -55,3 +56,17 @@ def failure(message: Message, error: BaseException, name: str, *, show: bool) ->
     kind = type(error).__name__
     line = " ".join(str(error).split())[:500] if show or isinstance(error, KeyMismatchError) else ""
     return reply(message, {"error": kind, "line": line, "name": name, "simulated": show})
+
+
+def node_config(text: str) -> dict[str, Any]:
+    """What a SuperNode makes of its `--node-config`. Raises SettingsError, also for a part that it would pass over."""
+    from flwr.common.config import parse_config_args
+
+    rest = re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", text).split()  # Flower's own pattern
+    if rest:
+        raise SettingsError(f'--node-config has {rest[0]!r}, which Flower passes over: write key=value or key="text"')
+    try:
+        return dict(parse_config_args([text]))
+    except Exception as error:  # click's, and of TOML: no common base class
+        line = " ".join(str(getattr(error, "message", error)).split())
+        raise SettingsError(f"--node-config cannot be read: {line[:300]}") from None
