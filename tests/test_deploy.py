@@ -134,7 +134,8 @@ def test_a_unit_is_valid_and_hardened(path: Path, tmp_path: Path) -> None:
     if "unrecognized option" in done.stderr:  # before version 250
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout
-    assert "\nUser=ciphertune\n" in text and "\nReadOnlyPaths=/etc/ciphertune\n" in text
+    wanted = ["User=ciphertune", "NoNewPrivileges=yes", "CapabilityBoundingSet=", "ProtectSystem=strict"]
+    assert {*wanted, "ProtectHome=yes", "ReadOnlyPaths=/etc/ciphertune", "UMask=0077"} <= set(text.splitlines())
 
 
 def test_the_units_run_the_commands_of_the_guide() -> None:
