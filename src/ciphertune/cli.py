@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `ciphertune plan`, `ciphertune compare`, `ciphertune keys`."""
+"""The command line: `ciphertune run`, `plan`, `compare`, `keys` and `check`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ciphertune
+from ciphertune.cli_check import add_check
 from ciphertune.cli_keys import add_keys
 from ciphertune.errors import CiphertuneError
 
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_compare(commands)
     add_keys(commands)
+    add_check(commands)
     return root
 
 

@@ -23,7 +23,7 @@ from ciphertune.adapter import Adapter, difference, in_bfloat16
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import PlanMismatchError, SettingsError
+from ciphertune.errors import PlanMismatchError
 from ciphertune.greeting import join, shapes
 from ciphertune.lm import cache as lm_cache
 from ciphertune.lm import data as lm_data
@@ -99,25 +99,12 @@ def _data(settings: Settings, node: NodeSettings, run: int) -> lm_data.ClientDat
     data = lm_cache.load_data(path, run=run)
     if data is None:
         tokenizer = lm_model.load_tokenizer(settings.model)
-        part = _part(settings, node)
+        part = node.part(settings.data)
         data = lm_data.load_client_data(
             settings.data, settings.model, tokenizer, client=part, clients=node.clients, path=node.data_path
         )
         lm_cache.save_data(path, data, run=run)
     return data
-
-
-def _part(settings: Settings, node: NodeSettings) -> int:
-    """Which part of the data is this node's. Raises SettingsError when it must say so and does not."""
-    data = settings.data
-    own_file = data.source == "jsonl" and data.partition == "none" and (node.data_path or "{client}" not in data.path)
-    if node.index < 0 and not own_file:
-        raise SettingsError(
-            "this node does not say which part of the data is its own: start it with --node-config "
-            f"'name=\"NAME\" partition-id=K num-partitions={node.clients}' (K from 0 to {node.clients - 1}), "
-            "or with its own data-path"
-        )
-    return max(0, node.index)
 
 
 def handle(

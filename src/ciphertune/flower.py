@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from ciphertune.errors import FormatError, KeyMismatchError
+from ciphertune.errors import FormatError, KeyMismatchError, SettingsError
 
 STYPE = "ciphertune"
 # A JSON part beyond this is no message of ours.
@@ -103,3 +104,17 @@ def _bounded(cls: type[Array], object_content: bytes, children: Any = None) -> A
 
 
 Array.inflate = classmethod(_bounded)  # type: ignore[assignment]
+
+
+def node_config(text: str) -> dict[str, Any]:
+    """What a SuperNode makes of its `--node-config`. Raises SettingsError, also for a part that it would pass over."""
+    from flwr.common.config import parse_config_args
+
+    rest = re.sub(r"\S+?=('[^']*'|\"[^\"]*\"|\S+)", "", text).split()  # Flower's own pattern
+    if rest:
+        raise SettingsError(f'--node-config has {rest[0]!r}, which Flower passes over: write key=value or key="text"')
+    try:
+        return dict(parse_config_args([text]))
+    except Exception as error:  # click's, and of TOML: no common base class
+        line = " ".join(str(getattr(error, "message", error)).split())
+        raise SettingsError(f"--node-config cannot be read: {line[:300]}") from None

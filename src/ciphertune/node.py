@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import SettingsError
-from ciphertune.settings import ClientSettings, Settings
+from ciphertune.settings import ClientSettings, DataSettings, Settings
 
 KEYS = (
     "name",
@@ -50,6 +50,19 @@ class NodeSettings:
     simulated: bool
     own_key: bool  # the key file was given: it is never made
     processes: int = 1  # that share the encryption of a large update
+
+    def part(self, data: DataSettings) -> int:
+        """Which part of the data is this node's. Raises SettingsError when it must say so and does not."""
+        own_file = (
+            data.source == "jsonl" and data.partition == "none" and (self.data_path or "{client}" not in data.path)
+        )
+        if self.index < 0 and not own_file:
+            raise SettingsError(
+                "this node does not say which part of the data is its own: start it with --node-config "
+                f"'name=\"NAME\" partition-id=K num-partitions={self.clients}' (K from 0 to {self.clients - 1}), "
+                "or with its own data-path"
+            )
+        return max(0, self.index)
 
 
 def home() -> Path:

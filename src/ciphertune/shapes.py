@@ -85,6 +85,11 @@ class _Config:
             yield _Linear(name, self.number("vocab_size"), hidden, output=True)
 
     @property
+    def known(self) -> bool:
+        """Whether the layers of its model_type are known here."""
+        return self._values.get("model_type") in _FAMILIES
+
+    @property
     def kind(self) -> str:
         """The model_type. Raises SettingsError for one whose layers are not known here."""
         found = self._values.get("model_type")
@@ -113,6 +118,11 @@ def layer_shapes(name: str, targets: Sequence[str], task: str = "causal_lm") -> 
                 raise SettingsError(_no_target(target, linear, name))
             chosen.update(found)
     return tuple(LayerShape(x.name, x.m, x.n) for _, x in sorted(chosen.items()))
+
+
+def is_known(name: str) -> bool:
+    """Whether a model's shapes can be told. Raises SettingsError where there is no configuration to tell them from."""
+    return _read(name).known
 
 
 def head_shapes(name: str, task: str, labels: int) -> tuple[HeadShape, ...]:

@@ -14,7 +14,7 @@ from ciphertune.lm.formats import Encoded, Line, Row, check_rows, encode, read_j
 from ciphertune.lm.partition import divide, load_hub
 from ciphertune.settings import DataSettings, ModelSettings
 
-__all__ = ["ClientData", "Encoded", "load_client_data"]
+__all__ = ["ClientData", "Encoded", "client_lines", "load_client_data"]
 
 _CHUNK = 1024  # lines tokenised at once
 
@@ -36,12 +36,7 @@ def load_client_data(
     tokenizer: a transformers tokenizer. path: this node's own data file, instead of data.path.
     All rows are checked before any is tokenised. Raises DataError with the file and line of what is wrong.
     """
-    if not 0 <= client < clients:
-        raise DataError(f"client number {client} is not among {clients} clients: want 0 to {clients - 1}")
-    if data.source == "embedded":
-        name, train, heldout = _embedded(model, client, clients)
-    else:
-        name, train, heldout = _rows(data, model, client, clients, path)
+    name, train, heldout = client_lines(data, model, client=client, clients=clients, path=path)
     train_examples, lost = _encode(train, tokenizer, model.max_length, data.max_train)
     heldout_examples, lost_heldout = _encode(heldout, tokenizer, model.max_length, data.max_heldout)
     if not train_examples:
@@ -49,6 +44,20 @@ def load_client_data(
     dropped = f" ({lost + lost_heldout} lines without a usable token dropped)" if lost + lost_heldout else ""
     description = f"{name}: {len(train_examples)} training and {len(heldout_examples)} held-out examples{dropped}"
     return ClientData(tuple(train_examples), tuple(heldout_examples), description)
+
+
+def client_lines(
+    data: DataSettings, model: ModelSettings, *, client: int, clients: int, path: str = ""
+) -> tuple[str, list[Line], list[Line]]:
+    """What `load_client_data` makes examples of: a name, the training lines and the held-out lines, all checked.
+
+    Raises DataError with the file and line of what is wrong.
+    """
+    if not 0 <= client < clients:
+        raise DataError(f"client number {client} is not among {clients} clients: want 0 to {clients - 1}")
+    if data.source == "embedded":
+        return _embedded(model, client, clients)
+    return _rows(data, model, client, clients, path)
 
 
 def _embedded(model: ModelSettings, client: int, clients: int) -> tuple[str, list[Line], list[Line]]:
