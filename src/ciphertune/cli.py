@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `ciphertune plan`, `ciphertune compare`, `ciphertune keys`."""
+"""The command line: `ciphertune run`, `plan`, `compare`, `keys`, `report`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ciphertune
 from ciphertune.cli_keys import add_keys
+from ciphertune.cli_report import add_report
 from ciphertune.errors import CiphertuneError
 
 
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_compare(commands)
     add_keys(commands)
+    add_report(commands)
     return root
 
 
