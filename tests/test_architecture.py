@@ -111,7 +111,8 @@ def test_the_servers_context_has_no_key_and_cannot_decrypt() -> None:
 
 def test_the_apps_import_nothing_heavy_before_a_message_needs_it() -> None:
     code = (
-        "import sys, client_app.app, server_app.app; print(sorted({'torch','transformers','peft'} & set(sys.modules)))"
+        "import sys, client_app.app, server_app.app; "
+        "print(sorted({'torch','transformers','peft','matplotlib','jinja2','tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ciphertune.comparison import SHARES, STAGES, stage_seconds
 from ciphertune.report.plans import Coverage
-from ciphertune.report.skeleton import COLOURS, FAINT, TEXT, drawing, figure, svg
-from ciphertune.report.source import Run, pick, score
+from ciphertune.report.skeleton import COLOURS, FAINT, LINE, TEXT, drawing, figure, svg
+from ciphertune.report.source import Run, pick, score, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,9 +150,9 @@ def _seconds(run: Run) -> Figure | None:
     if not found:
         return None
     drawn, axes = figure(0.95 + 0.27 * len(found))
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(found)), [text(stage, 20) for stage in found])
     axes.invert_yaxis()
-    kinds = {"sealing and adding": (COLOURS[0], CRYPTOGRAPHY), "the rest": (COLOURS[5], set(found) - set(CRYPTOGRAPHY))}
+    kinds = {"sealing and adding": (COLOURS[0], CRYPTOGRAPHY), "the rest": (LINE, set(found) - set(CRYPTOGRAPHY))}
     for name, (colour, stages) in kinds.items():
         at = [i for i, stage in enumerate(found) if stage in stages]
         if at:

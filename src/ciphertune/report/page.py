@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ciphertune.comparison import SHARES
+from ciphertune.comparison import SHARES, shown
 from ciphertune.errors import SettingsError
 from ciphertune.plan import Plan
 from ciphertune.report import figures, plans, words
@@ -25,9 +26,11 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     Raises SettingsError when the folder holds no run or the file cannot be written.
     """
     path = out or folder / "report.html"
-    made = page(read_run(folder))
+    made = page(read_run(folder)).encode(errors="replace")
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder: name a file with --out")
     try:
-        write(path, made.encode())
+        write(path, made)
     except OSError as error:
         raise SettingsError(f"{path} cannot be written ({error.strerror}): give another --out") from None
     return path
@@ -46,7 +49,7 @@ def page(run: Run) -> str:
         faults.append("plan.json is damaged or of another version: its columns are not shown.")
     return render(
         "report.html",
-        title=printable_name(run),
+        title=text(run.settings.get("name")) or text(run.name),
         status=status(run),
         sentence=sentence(run, plan),
         cards=cards(run, metric),
@@ -55,7 +58,6 @@ def page(run: Run) -> str:
         clients=people,
         everybody={key: show(score(run.summary.get(key), metric), metric) for key in ("base", "local", "federated")},
         wishes=plans.wishes(run) if covered else [],
-        mix=pick(run.plan, "negotiation", "mix") if covered else None,
         components=components,
         component_rows=[(name, _count(n, "client") if n else "nobody: it stays") for name, n in components],
         dropped=pick(run.settings, "method", "select") == "dropped",
@@ -72,16 +74,11 @@ def page(run: Run) -> str:
         completed=run.summary.get("status") == "completed",
         snippet=words.snippet(run, run.adapters[0] if run.adapters else ""),
         quantized=pick(run.settings, "model", "quantization") not in (None, "none"),
-        overrides=text(run.settings.get("overrides"), 2000),
+        overrides=_overrides(run),
         versions=[(text(k), text(v)) for k, v in run.versions.items()],
         size=size,
         share=share,
     )
-
-
-def printable_name(run: Run) -> str:
-    """The run's name: that of its settings, else of its folder."""
-    return text(run.settings.get("name")) or run.name
 
 
 def status(run: Run) -> Mapping[str, str]:
@@ -138,8 +135,9 @@ def _cost(run: Run) -> dict[str, str]:
     total = sum(x.get("bytes_up", 0) + x.get("bytes_down", 0) for x in talk)
     up, down = traffic(run.summary, run.at(stage="update"))
     seconds = number(run.summary.get("seconds")) or sum(x.get("seconds", 0) for x in run.at(stage="round"))
+    ways = [f"{up} ↑", f"{down} ↓"]
     note = f"up and down per client and round; {size(total)} and {duration(seconds)} in all"
-    return {"head": "Cost", "value": f"{up} ↑ {down} ↓", "note": note, "kind": ""}
+    return {"head": "Cost", "value": " ".join(w.replace(" ", "\u00a0") for w in ways), "note": note, "kind": ""}
 
 
 def _server(run: Run) -> dict[str, str]:
@@ -249,6 +247,15 @@ def duration(seconds: float) -> str:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds) // 60
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60} s"
+
+
+def _overrides(run: Run) -> str:
+    """What the run was asked for, without the folders of this machine."""
+    asked = text(run.settings.get("overrides"), 4000)
+    try:
+        return " ".join(shown(word) for word in shlex.split(asked))
+    except ValueError:  # cut off in the middle of a quotation
+        return ""
 
 
 def _count(number_: int, what: str) -> str:

@@ -72,7 +72,7 @@ def figure(height: float) -> tuple[Figure, Axes]:
 def svg(drawn: Figure, key: str, title: str) -> str:
     """A figure as inline SVG: without namespaces, style sheet and metadata, its ids unlike those of other figures.
 
-    key: distinct on the page. Characters that no XML can hold are shown as question marks.
+    key: distinct on the page.
     """
     from xml.etree import ElementTree
 
@@ -81,7 +81,6 @@ def svg(drawn: Figure, key: str, title: str) -> str:
     for text in drawn.findobj(Text):
         assert isinstance(text, Text)
         text.set_parse_math(False)  # a $ in a name is a $
-        text.set_text(printable(text.get_text()))
     out = StringIO()
     drawn.savefig(out, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue())  # noqa: S314  # matplotlib wrote it a moment ago
@@ -97,11 +96,6 @@ def svg(drawn: Figure, key: str, title: str) -> str:
         root.attrib.pop(name, None)
     root.attrib |= {"role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def printable(text: str) -> str:
-    """Text with a question mark in the place of what cannot be shown; line breaks stay."""
-    return "".join(c if c.isprintable() or c in "\n\u200b" else "?" for c in text)
 
 
 def _own(name: str, value: str, key: str) -> str:

@@ -96,8 +96,9 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any, longest: int = 200) -> str:
-    """A value as a short text; empty for None."""
-    found = "" if value is None else str(value)[: longest + 1]
+    """A value as a short text in one line; empty for None. What cannot be shown, or turns text around, is a `?`."""
+    found = "" if value is None else str(value)[: longest + 1].replace("\n", " ")
+    found = "".join(c if c.isprintable() else "?" for c in found)
     return found if len(found) <= longest else found[: longest - 1] + "…"
 
 

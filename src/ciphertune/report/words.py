@@ -53,25 +53,24 @@ def _entries(method: Mapping[str, Any], kind: str, *, heads: bool) -> list[tuple
     select, share = pick(method, "select"), pick(method, "share")
     noisy = " after clipping and noise" if pick(method, "noise") == "gaussian" else ""
     whole = {
-        "all": (ENCRYPTED, "every entry encrypted"),
-        "none": (READABLE, f"readable{noisy}"),
-        "nothing": (ABSENT, "not sent"),
+        "all": (ENCRYPTED, "every entry"),
+        "none": (READABLE, f"every entry{noisy}"),
+        "nothing": (ABSENT, ""),
     }
     if select == "dropped":
-        a = (READABLE, "the columns that matter most are not sent, the others readable")
-        b = (READABLE, "readable")
-        head = (READABLE, "readable")
+        a = (READABLE, "the columns that matter most are not sent, the others are readable")
+        b = head = (READABLE, "every entry")
     elif kind == "some" and select == "negotiated":
         a = (PARTLY, "columns within each client's budget encrypted, the others readable")
-        b = (READABLE, "readable")
-        head = (ENCRYPTED, "encrypted")
+        b = (READABLE, "every entry")
+        head = (ENCRYPTED, "every entry")
     elif kind == "some":
         fraction = number(pick(method, "fraction")) or 0.0
         a = b = head = (PARTLY, f"{fraction:.0%} of the entries encrypted, all in the first round; the others readable")
     else:
         a = b = head = whole[kind]
     if share == "b_only":
-        a = (ABSENT, "not sent: it stays as it was drawn")
+        a = (ABSENT, "it stays as it was drawn")
     rows = [("Factor A", *a), ("Factor B", *b)]
     return [*rows, ("Task head", *head)] if heads else rows
 
