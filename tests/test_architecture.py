@@ -59,7 +59,7 @@ def _server_modules() -> dict[str, list[str]]:
     """What the server loads once it has the public parts of every backend: module -> its names."""
     code = """
 import json, pathlib, sys
-import server_app.app, server_app.strategy
+import server_app.app, server_app.strategy, ciphertune.report.page, ciphertune.events
 from ciphertune.build import public_part
 from ciphertune.settings import compose
 for file in pathlib.Path("conf/crypto").glob("*.yaml"):

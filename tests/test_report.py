@@ -19,7 +19,6 @@ from conftest import CONF, ROOT
 from federations import rounds, said, summary
 from pages import HOSTILE, Page, check_harmless, lines_of, make_run
 
-import server_app.app
 from ciphertune.cli import main
 from ciphertune.errors import SettingsError
 from ciphertune.report import figures, plans, words
@@ -405,10 +404,3 @@ def test_a_mistake_gets_one_line(
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(SettingsError, match="not the folder of a run"):
         read_run(tmp_path / "empty")
-
-
-def test_the_apps_draw_only_when_the_work_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[Path] = []
-    monkeypatch.setattr(report, "write_page", lambda folder: seen.append(folder) or folder)
-    server_app.app.draw(tmp_path)
-    assert seen == [tmp_path]

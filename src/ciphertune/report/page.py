@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ciphertune.comparison import SHARES, shown
+from ciphertune.comparison import SHARES
+from ciphertune.comparison import shown as without_folders
 from ciphertune.errors import SettingsError
 from ciphertune.plan import Plan
 from ciphertune.report import figures, plans, words
@@ -38,47 +39,61 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
 
 def page(run: Run) -> str:
     """The whole page as HTML."""
-    plan = plans.read_plan(run)
-    metric = figures.metric_of(run)
+    plan, metric = plans.read_plan(run), figures.metric_of(run)
     covered = plans.coverage(run, plan)
-    people = clients(run, metric)
-    components = plans.components(run, plan)
-    heads = bool(plan and plan.heads)
-    faults = [*run.faults]
-    if run.plan and plan is None:
-        faults.append("plan.json is damaged or of another version: its columns are not shown.")
+    lost = ["plan.json is damaged or of another version: its columns are not shown."] if run.plan and not plan else []
     return render(
         "report.html",
         title=text(run.settings.get("name")) or text(run.name),
         status=status(run),
         sentence=sentence(run, plan),
         cards=cards(run, metric),
-        faults=faults,
+        faults=[*run.faults, *lost],
         metric=metric,
-        clients=people,
+        clients=clients(run, metric),
         everybody={key: show(score(run.summary.get(key), metric), metric) for key in ("base", "local", "federated")},
-        wishes=plans.wishes(run) if covered else [],
-        components=components,
-        component_rows=[(name, _count(n, "client") if n else "nobody: it stays") for name, n in components],
-        dropped=pick(run.settings, "method", "select") == "dropped",
-        protection=words.protection(run),
-        layers=len(plan.layers) if plan else 0,
-        modules=plans.modules(plan),
         figures=figures.figures(run, covered),
-        seen=words.seen(run, heads=heads),
-        entries=2 + heads,
-        limits=words.limits(run),
-        audit=audit(run),
-        adapters=run.adapters,
-        simulated=run.simulated,
-        completed=run.summary.get("status") == "completed",
-        snippet=words.snippet(run, run.adapters[0] if run.adapters else ""),
-        quantized=pick(run.settings, "model", "quantization") not in (None, "none"),
+        wishes=plans.wishes(run) if covered else [],
+        **_plan(run, plan),
+        **_privacy(run, plan),
+        **_adapter(run),
         overrides=_overrides(run),
         versions=[(text(k), text(v)) for k, v in run.versions.items()],
-        size=size,
         share=share,
     )
+
+
+def _plan(run: Run, plan: Plan | None) -> dict[str, Any]:
+    shared = plans.components(run, plan)
+    return {
+        "layers": len(plan.layers) if plan else 0,
+        "modules": plans.modules(plan),
+        "components": [
+            (name, _count(n, "client") if n else "nobody: each stays with its client") for name, n in shared
+        ],
+        "dropped": pick(run.settings, "method", "select") == "dropped",
+    }
+
+
+def _privacy(run: Run, plan: Plan | None) -> dict[str, Any]:
+    heads = bool(plan and plan.heads)
+    return {
+        "protection": words.protection(run),
+        "seen": words.seen(run, heads=heads),
+        "entries": 2 + heads,  # rows of `seen` that are about updates
+        "limits": words.limits(run),
+        "audit": audit(run),
+    }
+
+
+def _adapter(run: Run) -> dict[str, Any]:
+    return {
+        "adapters": run.adapters,
+        "simulated": run.simulated,
+        "completed": run.summary.get("status") == "completed",
+        "snippet": words.snippet(run, run.adapters[0] if run.adapters else ""),
+        "quantized": pick(run.settings, "model", "quantization") not in (None, "none"),
+    }
 
 
 def status(run: Run) -> Mapping[str, str]:
@@ -99,18 +114,19 @@ def status(run: Run) -> Mapping[str, str]:
 def sentence(run: Run, plan: Plan | None) -> str:
     """What was tuned, by whom, for how long, by which method."""
     people, settings = clients(run, "loss"), run.settings
+    model = words.folder_name(text(pick(settings, "model", "name")))
+    method, crypto = text(pick(settings, "method", "name")), text(pick(settings, "crypto", "backend"))
     ranks = sorted({int(c["rank"]) for c in people if c["rank"] is not None})
-    shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-    model = words.folder_name(text(pick(settings, "model", "name"))) or "unknown"
+    shown = ", ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} to {ranks[-1]}"
+    of_rank = f" of {'rank' if len(ranks) == 1 else 'ranks'} {shown}" if ranks else ""
     kinds = plans.modules(plan)
-    targets = ", ".join(kinds) if 0 < len(kinds) <= 4 else f"{_count(len(kinds), 'kind')} of layers"
+    targets = f" on {', '.join(kinds) if len(kinds) <= 4 else f'{len(kinds)} kinds of layers'}" if kinds else ""
     steps = number(pick(settings, "training", "steps"))
+    each = f" of {_count(int(steps), 'step')}" if steps else ""
+    done = f"by {_count(len(people), 'client')} in {_count(len(run.at(stage='round')), 'round')}{each}"
     return (
-        f"Base model {model}, LoRA of {shown if ranks else 'unknown rank'} on {targets}, tuned by "
-        f"{_count(len(people), 'client')} in {_count(len(run.at(stage='round')), 'round')}"
-        + (f" of {_count(int(steps), 'step')}" if steps else "")
-        + f". Method {text(pick(settings, 'method', 'name')) or 'unknown'}, encryption "
-        f"{text(pick(settings, 'crypto', 'backend')) or 'unknown'}."
+        f"Base model {model or 'unknown'}, LoRA{of_rank}{targets}, tuned {done if people else 'by nobody'}. "
+        f"Method {method or 'unknown'}, encryption {crypto or 'unknown'}."
     )
 
 
@@ -122,6 +138,8 @@ def cards(run: Run, metric: str) -> list[dict[str, str]]:
 def _result(run: Run, metric: str) -> dict[str, str]:
     final, points = score(run.summary.get("federated"), metric), figures.course(run, metric)
     value = final if final is not None else points[-1][1] if points else None
+    if value is None:
+        return {"head": "Result", "value": "none", "note": "Nothing was measured.", "kind": ""}
     base, alone = (score(run.summary.get(key), metric) for key in ("base", "local"))
     before = f"{show(base, metric)} → " if base is not None else ""
     what = f"held-out {metric}, " + ("base → federated" if before else "federated")
@@ -141,8 +159,10 @@ def _cost(run: Run) -> dict[str, str]:
 
 
 def _server(run: Run) -> dict[str, str]:
-    kind, hidden = words.protection(run), share(encrypted(run.at(stage="update")))
-    value = "nothing sent" if kind == "nothing" else f"{hidden} of the values"
+    kind, hidden = words.protection(run), encrypted(run.at(stage="update"))
+    if hidden is None:
+        return {"head": "Encrypted", "value": "nothing sent", "note": "No update left a client.", "kind": ""}
+    value = f"{share(hidden)} of the values"
     colour = {"all": "good", "some": "bad", "none": "bad"}.get(kind, "")
     return {"head": "Encrypted", "value": value, "note": words.headline(run), "kind": colour}
 
@@ -182,7 +202,7 @@ def clients(run: Run, metric: str) -> list[dict[str, Any]]:
     for line in run.lines:
         lines[line["node"]].append(line)
     spoke = {x["node"] for x in run.at(stage="update")}
-    known = {n: {**members.get(n, {}), **nodes.get(n, {})} for n in sorted({*members, *nodes, *spoke})}
+    known = {n: {**members.get(n, {}), **nodes.get(n, {})} for n in sorted({*members, *nodes, *spoke}, key=_natural)}
     return [_client(name, known[name], lines[name], metric) for name in known]
 
 
@@ -249,11 +269,17 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60} s"
 
 
+def _natural(name: str) -> tuple[str, int, str]:
+    """Orders lab-2 before lab-10."""
+    head = name.rstrip("0123456789")
+    return head, len(name) - len(head), name
+
+
 def _overrides(run: Run) -> str:
     """What the run was asked for, without the folders of this machine."""
     asked = text(run.settings.get("overrides"), 4000)
     try:
-        return " ".join(shown(word) for word in shlex.split(asked))
+        return " ".join(without_folders(word) for word in shlex.split(asked))
     except ValueError:  # cut off in the middle of a quotation
         return ""
 
