@@ -23,6 +23,7 @@ from ciphertune.cli import main
 from ciphertune.errors import SettingsError
 from ciphertune.report import figures, plans, words
 from ciphertune.report import page as report
+from ciphertune.report.show import duration
 from ciphertune.report.source import read_run
 from ciphertune.settings import compose
 
@@ -107,6 +108,14 @@ def test_wide_and_narrow_layers_share_one_width_and_keep_their_mean() -> None:
         row = (np.arange(width) % 3 == 0).astype(float)
         assert figures._binned(row).shape == (256,)
         assert figures._binned(row).mean() == pytest.approx(row.mean())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0 s"), (0.0571, "0.057 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 0 s"), (3599.7, "1 h 0 min")],
+)
+def test_durations_are_read_at_a_glance(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
 
 
 # --- loading the adapter ---------------------------------------------------------------------------------------------
