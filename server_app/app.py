@@ -9,10 +9,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from ciphertune.errors import CiphertuneError
+from ciphertune.events import check_log
 from ciphertune.node import run_folder
 from ciphertune.progress import MARK
 from ciphertune.run_config import settings_of
 from ciphertune.runs import ServerFolder
+from server_app.mail import say
 from server_app.strategy import EncryptedLora
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -26,6 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     start = time.perf_counter()
     try:
         settings = settings_of(CONF, context.run_config)
+        check_log(settings)
         folder = ServerFolder(run_folder(settings, context.run_id))
         folder.start(settings, str(context.run_config.get("overrides", "")))
     except CiphertuneError as error:
@@ -37,3 +40,15 @@ def main(grid: Grid, context: Context) -> None:
     except BaseException as error:
         strategy.fail(error, time.perf_counter() - start)
         raise
+    finally:
+        draw(folder.path)
+
+
+def draw(folder: Path) -> None:
+    """Write the page of the run. That it cannot be drawn is no reason for a run to fail."""
+    try:
+        from ciphertune.report.page import write_page  # matplotlib: not before the work is done
+
+        say(f"page {write_page(folder)}")
+    except Exception as error:
+        say(f"no page: {type(error).__name__}: {error}; `ciphertune report {folder}` tries again")

@@ -14,6 +14,11 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--screenshots FOLDER`: keep what the browser tests see."""
+    parser.addoption("--screenshots", default="", help="folder for the pictures of test_report_browser.py")
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from flwr.app import Context, RecordDict
@@ -36,11 +38,13 @@ class Lab:
         nodes: dict[int, dict[str, Any]] | None = None,
         tamper: Tamper | None = None,
         outgoing: Any = None,
+        page: bool = False,
     ) -> Path:
-        """Run it; returns the run folder. Raises what the ServerApp raises."""
+        """Run it; returns the run folder. Raises what the ServerApp raises. page: also draw it."""
         config = {"overrides": f"{self.base} {overrides}", "num-server-rounds": 0, "runs-dir": str(self.runs)}
         self.grid = LocalGrid(simulated(4) if nodes is None else nodes, config, tamper, outgoing)
-        server_app.app.app(self.grid, Context(self.grid.run_id, 1, {}, RecordDict(), config))
+        with nullcontext() if page else patch.object(server_app.app, "draw"):
+            server_app.app.app(self.grid, Context(self.grid.run_id, 1, {}, RecordDict(), config))
         (found,) = self.runs.iterdir()
         return found
 

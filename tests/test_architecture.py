@@ -59,7 +59,7 @@ def _server_modules() -> dict[str, list[str]]:
     """What the server loads once it has the public parts of every backend: module -> its names."""
     code = """
 import json, pathlib, sys
-import server_app.app, server_app.strategy
+import server_app.app, server_app.strategy, ciphertune.report.page, ciphertune.events
 from ciphertune.build import public_part
 from ciphertune.settings import compose
 for file in pathlib.Path("conf/crypto").glob("*.yaml"):
@@ -111,7 +111,8 @@ def test_the_servers_context_has_no_key_and_cannot_decrypt() -> None:
 
 def test_the_apps_import_nothing_heavy_before_a_message_needs_it() -> None:
     code = (
-        "import sys, client_app.app, server_app.app; print(sorted({'torch','transformers','peft'} & set(sys.modules)))"
+        "import sys, client_app.app, server_app.app; "
+        "print(sorted({'torch','transformers','peft','matplotlib','jinja2','tensorboard'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from pages import Page
 
 from ciphertune import charts, compare
 from ciphertune.cli import main
@@ -350,35 +350,6 @@ def test_markdown_has_base_and_alone_once_and_marks_no_winner(tmp_path: Path, ru
     assert (
         "| fedavg | 3.6050 ± 0.0071 | 36.0% ± 0.1% | 1.0 MB ± 1 B | 2.0 MB ± 0 B | 50% ± 0% | 21.0 ± 1.4 | 2 |" in table
     )
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page; every tag must be closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_escapes_what_comes_from_the_user(

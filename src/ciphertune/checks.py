@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from functools import reduce
 from typing import Any
 
 from ciphertune.errors import SettingsError
@@ -33,6 +34,7 @@ CHOICES = {
     "data.partition": ("none", "iid", "dirichlet", "natural"),
     "crypto.backend": ("clear", "ckks", "ckks_packed", "bfv_packed"),
     "crypto.precision": ("float32", "float64"),
+    "log": ("", "tensorboard"),
 }
 # parameters that a backend reads, besides the bound
 USED = {
@@ -97,7 +99,7 @@ def check(settings: Settings) -> None:
     for dotted, choices in CHOICES.items():
         value = _get(settings, dotted)
         if value not in choices:
-            raise SettingsError(f"{dotted}={value!r} is not one of: {', '.join(choices)}")
+            raise SettingsError(f"{dotted}={value!r} is not one of: {', '.join(c or 'nothing' for c in choices)}")
     for dotted, (low, high) in RANGES.items():
         value = _get(settings, dotted)
         if not low <= value <= high:
@@ -215,5 +217,4 @@ def _check_pruning(method: MethodSettings) -> None:
 
 
 def _get(settings: Settings, dotted: str) -> Any:
-    group, key = dotted.split(".")
-    return getattr(getattr(settings, group), key)
+    return reduce(getattr, dotted.split("."), settings)

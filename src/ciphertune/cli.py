@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `plan`, `compare`, `keys` and `check`."""
+"""The command line: `ciphertune run`, `plan`, `compare`, `keys`, `check` and `report`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import ciphertune
 from ciphertune.cli_check import add_check
 from ciphertune.cli_keys import add_keys
+from ciphertune.cli_report import add_report
 from ciphertune.errors import CiphertuneError
 
 
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     add_keys(commands)
     add_check(commands)
+    add_report(commands)
     return root
 
 

@@ -22,6 +22,7 @@ from ciphertune.settings import Settings
 from ciphertune.versions import code_digest, versions
 
 SHARES = ("accuracy", "f1")  # metrics shown as percentages
+STAGES = ("load", "unseal", "evaluate", "score", "train", "seal", "aggregate", "save")  # of a round, in order
 _PATHS = ("model.name", "data.path", "data.heldout_path")
 _HAS = ("base", "local", "federated")
 
@@ -151,17 +152,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         **{key: summary[key] for key in (*_HAS, "bytes_up", "bytes_down", "encrypted_fraction")},
         "seconds": round(sum(x["seconds"] for x in lines if x["stage"] == "round"), 3),
         "seconds_run": summary["seconds"],
-        "seconds_by_stage": _stages(lines, summary["rounds"]),
+        "seconds_by_stage": stage_seconds(lines, summary["rounds"]),
         "rounds": _course(lines, summary),
     }
 
 
-def _stages(lines: Iterable[dict[str, Any]], rounds: int) -> dict[str, float]:
+def stage_seconds(lines: Iterable[Mapping[str, Any]], rounds: int) -> dict[str, float]:
     """Seconds per stage, all clients and the server together, without those of training alone.
 
     A client's answer begins with `load`; after the last round, one that trained is of training alone.
     """
-    answers: list[list[dict[str, Any]]] = []
+    answers: list[list[Mapping[str, Any]]] = []
     for line in lines:
         if "seconds" not in line or line["stage"] == "round":
             continue

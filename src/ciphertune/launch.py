@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 
 from ciphertune.errors import FederationError, SettingsError
+from ciphertune.events import check_log
 from ciphertune.progress import MARK
 from ciphertune.settings import Settings, compose
 
@@ -80,6 +81,7 @@ def launch(
 
 def check_simulation(settings: Settings) -> None:
     """What can be seen on this machine before anything is started. Raises SettingsError."""
+    check_log(settings)
     federation, data, model = settings.federation, settings.data, settings.model
     if federation.min_clients > len(federation.clients):
         raise SettingsError(

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ciphertune.errors import SettingsError
+from ciphertune.events import Events
 from ciphertune.federation import Member
 from ciphertune.plan import Plan
 from ciphertune.settings import Settings
@@ -22,6 +23,7 @@ class ServerFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._events: Events | None = None
         if (path / "settings.yaml").exists():
             raise SettingsError(f"run folder {path} holds another run already: choose another name=...")
         path.mkdir(parents=True, exist_ok=True)
@@ -31,6 +33,8 @@ class ServerFolder:
         text = yaml.safe_dump({"overrides": overrides, **_plain(asdict(settings))}, sort_keys=False)
         write(self.path / "settings.yaml", text.encode())
         write_json(self.path / "versions.json", versions())
+        if settings.log == "tensorboard":
+            self._events = Events(self.path / "tensorboard")
 
     def plan(self, plan: Plan, members: Sequence[Member], negotiation: Mapping[str, Any] | None = None) -> None:
         """The plan, who takes part, and where columns were negotiated what each client got of what it asked for."""
@@ -43,9 +47,11 @@ class ServerFolder:
             write_json(self.path / "plans" / f"round_{negotiation['round']:04d}.json", values)
 
     def line(self, round_: int, stage: str, node: str, **values: Any) -> None:
-        """One line of rounds.jsonl."""
+        """One line of rounds.jsonl, and of the log beside it if there is one."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"round": round_, "stage": stage, "node": node, **values}) + "\n")
+        if self._events:
+            self._events.line(round_, stage, node, values)
 
     def aggregate(self, round_: int, data: bytes) -> None:
         """The aggregate as the server holds it."""
@@ -58,6 +64,9 @@ class ServerFolder:
     def summary(self, values: Mapping[str, Any]) -> None:
         """The outcome."""
         write_json(self.path / "summary.json", values)
+        if self._events:
+            self._events.finish(values)
+            self._events = None
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

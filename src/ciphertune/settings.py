@@ -16,7 +16,7 @@ from ciphertune.errors import SettingsError
 from ciphertune.plain import build
 
 # What only the party itself needs to know; two parties may differ in it and still work together.
-_LOCAL = ("runs_dir", "name", "record_server_view", "record_updates")
+_LOCAL = ("runs_dir", "name", "record_server_view", "record_updates", "log")
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ class Settings:
     runs_dir: str = ""  # empty: $CIPHERTUNE_HOME/runs, by default ~/.ciphertune/runs
     record_server_view: bool = False
     record_updates: bool = False
+    log: str = ""  # empty | tensorboard: where the server writes figures beside rounds.jsonl
 
     def digest(self) -> bytes:
         """16 bytes over everything that all parties must agree on."""
