@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ciphertune
+from ciphertune.cli_audit import add_audit
 from ciphertune.cli_keys import add_keys
 from ciphertune.errors import CiphertuneError
 
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
     _add_compare(commands)
+    add_audit(commands)
     add_keys(commands)
     return root
 
