@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `plan`, `compare`, `keys`, `check` and `report`."""
+"""The command line: `ciphertune run`, `plan`, `compare`, `audit`, `view`, `keys`, `check` and `report`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ciphertune
+from ciphertune.cli_audit import add_audit
 from ciphertune.cli_check import add_check
 from ciphertune.cli_keys import add_keys
 from ciphertune.cli_report import add_report
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_plan(commands)
     _add_compare(commands)
+    add_audit(commands)
     add_keys(commands)
     add_check(commands)
     add_report(commands)

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -239,9 +238,8 @@ def alone(client: Client, rounds: int) -> dict[str, Any]:
 
 
 def seed(client: Client, round_: int) -> int:
-    """Seed of one client's batches in one round, from the run's seed and the client's name."""
-    text = f"{client.settings.seed} {client.node.name} {round_}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+    """Seed of one client's batches in one round."""
+    return lm_train.batch_seed(client.settings.seed, client.node.name, round_)
 
 
 def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int]:

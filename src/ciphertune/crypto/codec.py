@@ -178,9 +178,11 @@ class Scratch:
         if not self._keeps:
             os.ftruncate(self._fd, 0)
 
-    def __del__(self) -> None:
-        os.ftruncate(self._fd, 0)
-        os.close(self._fd)
+    def __del__(
+        self, truncate: Callable[[int, int], None] = os.ftruncate, close: Callable[[int], None] = os.close
+    ) -> None:
+        truncate(self._fd, 0)  # bound above: at the interpreter's end the module is gone before the last of us
+        close(self._fd)
         if not self.path.startswith("/proc/"):
             Path(self.path).unlink(missing_ok=True)
 

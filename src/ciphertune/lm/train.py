@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,14 +58,14 @@ def train(
     optimizer = _optimizer(parameters, settings)
     if state is not None and state.is_file():
         _restore(optimizer, parameters, _load(state))
-    batches = _batches(data, settings.batch_size, seed)
-    losses = []
+    rows = batches(len(data), settings.batch_size, seed)
+    losses, count = [], settings.accumulation
     model.model.train()
     with torch.random.fork_rng(devices=_cuda(model.device)):
         torch.manual_seed(seed % 2**63)  # dropout
         for step in range(1, settings.steps + 1):
             losses.append(
-                _step(model, parameters, optimizer, [next(batches) for _ in range(settings.accumulation)], settings)
+                _step(model, parameters, optimizer, [[data[i] for i in next(rows)] for _ in range(count)], settings)
             )
             if progress is not None:
                 progress(step, settings.steps, losses[-1])
@@ -95,15 +96,20 @@ def _step(
     return total / targets
 
 
-def _batches(data: Sequence[Encoded], size: int, seed: int) -> Iterator[list[Encoded]]:
-    """Full batches without end: one shuffled pass over the data after the other."""
+def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
+    """The numbers of the examples in each batch, without end: full batches of one shuffled pass after the other."""
     generator = np.random.default_rng(seed % 2**64)
     queue: list[int] = []
     while True:
         while len(queue) < size:
-            queue.extend(generator.permutation(len(data)).tolist())
-        yield [data[i] for i in queue[:size]]
+            queue.extend(generator.permutation(examples).tolist())
+        yield queue[:size]
         del queue[:size]
+
+
+def batch_seed(seed: int, name: str, round_: int) -> int:
+    """Seed of one client's batches in one round, from the run's seed and the client's name."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name} {round_}".encode()).digest()[:4], "little")
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], settings: TrainingSettings) -> torch.optim.AdamW:

@@ -1,0 +1,1 @@
+"""What an attacker makes of the bytes the server got; one file per published attack."""

@@ -1,0 +1,103 @@
+"""From combinations to a text: look through a whole dictionary, keep the best candidates, and order what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ciphertune.audit.dictionary import Dictionary
+from ciphertune.audit.pursuit import Block, screen, second_moment, span_distances, sparse
+
+_CANDIDATES = 4000
+_SAMPLE = 1000  # rows of each place that the dictionary's second moment is taken from
+_LEFT_OUT = 0.005  # share of the variance that the weakest tokens hold, which are left out
+_MOST = 256  # tokens that an attack names
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Tokens an attack names, in the order of the text as far as it knows it."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def set(self) -> frozenset[int]:
+        """Each token once."""
+        return frozenset(self.tokens)
+
+
+def look_up(
+    blocks: Sequence[Block], words: Dictionary, *, noise: float, progress: Callable[[], None] = lambda: None
+) -> Recovered:
+    """The tokens whose rows the combinations were made of."""
+    blocks = [b for b in blocks if b.combinations.size and np.abs(b.combinations).max() > 0]
+    if not blocks:
+        return Recovered(())
+    places, tokens, rows = _candidates(blocks, words, progress)
+    found = sparse(blocks, rows, noise=noise)
+    return _ordered(places, tokens, found)
+
+
+def passing(
+    combinations: np.ndarray, words: Dictionary, threshold: float, progress: Callable[[], None] = lambda: None
+) -> Recovered:
+    """The tokens whose rows lie within `threshold` of the span of the combinations (k, n)."""
+    places, tokens, close = [], [], []
+    if not combinations.size or not np.abs(combinations).max() > 0:
+        return Recovered(())
+    for place, rows in words.all_rows():
+        distance = span_distances(combinations, rows)
+        inside = np.flatnonzero(distance < threshold)
+        places.append(np.full(inside.size, place))
+        tokens.append(words.tokens[inside])
+        close.append(1 / np.maximum(distance[inside], 1e-9))
+        progress()
+    return _ordered(np.concatenate(places), np.concatenate(tokens), np.concatenate(close), left_out=0.0)
+
+
+def _candidates(
+    blocks: Sequence[Block], words: Dictionary, progress: Callable[[], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places, tokens, rows) of the candidates that explain most."""
+    if words.tokens.size * words.places <= _CANDIDATES:
+        every = [(p, words.tokens, r) for p, r in words.all_rows()]
+        return (
+            np.concatenate([np.full(t.size, p) for p, t, _ in every]),
+            np.concatenate([t for _, t, _ in every]),
+            np.concatenate([r for _, _, r in every]),
+        )
+    generator = np.random.default_rng(0)
+    sample = np.concatenate([words.sample(place, _SAMPLE, generator) for place in range(words.places)])
+    moments = [second_moment(block, sample) for block in blocks]
+    scores, where, which = [], [], []
+    for place, rows in words.all_rows():
+        found = screen(blocks, moments, rows)
+        best = np.argsort(-found)[:_CANDIDATES]
+        scores.append(found[best])
+        where.append(np.full(best.size, place))
+        which.append(best)
+        progress()
+    top = np.argsort(-np.concatenate(scores), kind="stable")[:_CANDIDATES]
+    places, indices = np.concatenate(where)[top], np.concatenate(which)[top]
+    rows = np.empty((top.size, words.width), np.float32)
+    for place in np.unique(places):
+        here = places == place
+        rows[here] = words.rows(int(place), indices[here])
+    return places, words.tokens[indices], rows
+
+
+def _ordered(places: np.ndarray, tokens: np.ndarray, weight: np.ndarray, left_out: float = _LEFT_OUT) -> Recovered:
+    """Each token at the place where it weighs most, by place and then by weight; the weakest are left out."""
+    total: dict[int, float] = {}
+    best: dict[int, tuple[float, int]] = {}
+    for place, token, w in zip(places.tolist(), tokens.tolist(), weight.tolist(), strict=True):
+        if w > 0:
+            total[token] = total.get(token, 0.0) + w
+            best[token] = max(best.get(token, (0.0, 0)), (w, place))
+    order = sorted(total, key=lambda t: -total[t])
+    mass = np.cumsum([total[t] for t in order]) / max(sum(total.values()), 1e-30)
+    kept = [t for t, m in zip(order, [0.0, *mass[:-1]], strict=False) if m < 1 - left_out][:_MOST]
+    kept.sort(key=lambda t: (best[t][1], -best[t][0]))
+    return Recovered(tuple(kept))

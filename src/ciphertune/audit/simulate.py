@@ -1,0 +1,100 @@
+"""A few rounds of a federation in this process, written down as a run writes them: what a client would send.
+
+The clients are the real ones, key and all; only Flower and the network are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ciphertune import client as clients
+from ciphertune import wire
+from ciphertune.federation import Federation, parse_hello
+from ciphertune.negotiation import parse_wish
+from ciphertune.node import NodeSettings, node_settings
+from ciphertune.runs import ServerFolder
+from ciphertune.settings import Settings
+from ciphertune.task import Terms
+
+RUN = 1  # the number of a run that Flower knows nothing of
+
+
+def simulate(settings: Settings, rounds: int, *, number: int | None = None) -> Path:
+    """Run the clients of the settings, or one of them, for `rounds` rounds; returns the run folder.
+
+    Raises CiphertuneError as a real run would.
+    """
+    people = range(len(settings.federation.clients)) if number is None else [number]
+    if len(people) < settings.federation.min_contributors or len(people) < settings.federation.min_clients:
+        few = replace(settings.federation, min_clients=1, min_contributors=1)
+        settings = replace(settings, federation=few)
+    settings = replace(settings, record_server_view=True)
+    config = {"partition-id": 0, "num-partitions": len(settings.federation.clients)}
+    nodes = [node_settings(settings, config, RUN, node_id=k, client=k) for k in people]
+    folder = ServerFolder(nodes[0].folder.parents[1])
+    folder.start(settings, "")
+    federation = Federation(settings, RUN)
+    hellos = [clients.handle("join", _open(settings, n), {}, [])[0] for n in nodes]
+    federation.settle([parse_hello(h, k, k) for k, h in enumerate(hellos)])
+    for round_ in range(rounds):
+        _round(settings, federation, folder, nodes, round_)
+    return folder.path
+
+
+def _round(
+    settings: Settings, federation: Federation, folder: ServerFolder, nodes: Sequence[NodeSettings], round_: int
+) -> None:
+    by_name = {n.name: n for n in nodes}
+    if settings.method.negotiates and round_ == 0:
+        assert federation.session is not None
+        widths = [x.n for x in federation.session.plan.layers]
+        wishes = []
+        for member in federation.members:
+            values = clients.handle("wish", _open(settings, by_name[member.name]), _task(federation, round_, 0, 0), [])[
+                0
+            ]
+            wishes.append(parse_wish(member.name, member.hello.budget, values["columns"], widths))
+        federation.negotiate(wishes)
+        folder.plan(federation.session.plan, federation.members, {"round": round_})
+    assert federation.session is not None
+    folder.plan(federation.session.plan, federation.members, {"round": round_} if settings.method.negotiates else None)
+    total = federation.total(federation.members)
+    sum_ = federation.open_round(round_, federation.members)
+    for member in federation.members:
+        lacking = federation.catch_up(member)
+        task = _task(federation, round_, member.number, total, member.have, lacking)
+        payload = [wire.encode(m, link) for m, link in lacking]
+        update = clients.handle("train", _open(settings, by_name[member.name]), task, payload)[1][0]
+        folder.view(round_, member.name, update)
+        sum_.add(update, sender=member.number, who=federation.contributor(member))
+        member.have = max(member.have, round_ - 1)
+    aggregate = federation.close_round(sum_)
+    folder.aggregate(round_, wire.encode(aggregate, federation.session))
+
+
+def _open(settings: Settings, node: NodeSettings) -> clients.Client:
+    return clients.open_client(settings, node, RUN)
+
+
+def _task(
+    federation: Federation,
+    round_: int,
+    sender: int,
+    total: int,
+    base: int = -1,
+    lacking: Sequence[tuple[wire.Message, wire.Session]] = (),
+) -> dict[str, Any]:
+    assert federation.session is not None
+    plans = list(dict.fromkeys([federation.session.plan, *(link.plan for _, link in lacking)]))
+    return {
+        "round": round_,
+        "rounds": federation.settings.federation.rounds,
+        "sender": sender,
+        "total": total,
+        "terms": [Terms.of(plan).plain() for plan in plans],
+        "base": base,
+        "aggregates": [[m.round, m.rank, plans.index(link.plan)] for m, link in lacking],
+    }
