@@ -10,9 +10,10 @@ from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from safetensors import SafetensorError
 
 from ciphertune import flower
-from ciphertune.errors import CiphertuneError, SettingsMismatchError
+from ciphertune.errors import CiphertuneError, RoundMismatchError, SettingsMismatchError
 from ciphertune.node import is_simulated, node_settings
 from ciphertune.progress import MARK
 from ciphertune.run_config import settings_of
@@ -41,13 +42,23 @@ def answer(message: Message, context: Context, what: str) -> Message:
         )
         name = node.name
         _same_as_server(values, settings)
+        run = _run(values, settings, context.run_id)
         from ciphertune import client  # torch and transformers only once they are needed
 
-        report, update = client.handle(what, client.open_client(settings, node, context.run_id), values, payload)
+        report, update = client.handle(what, client.open_client(settings, node, run), values, payload)
         return flower.reply(message, report, update)
     except CiphertuneError as error:
         if not simulated:  # there the server shows it
             print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
+        return flower.failure(message, error, name, show=simulated)
+    except (OSError, SafetensorError) as error:  # a full disk, most of all
+        path = getattr(error, "filename", None)
+        where = f" ({path})" if path else ""
+        print(
+            f"{MARK} {name}: cannot read or write its files{where}: {getattr(error, 'strerror', None) or error}; once "
+            "that is mended, this node takes part again",
+            flush=True,
+        )
         return flower.failure(message, error, name, show=simulated)
     except Exception as error:  # a defect of ours: the trace stays here, the run goes on without this client
         logging.getLogger("ciphertune").error("%s", traceback.format_exc())
@@ -63,6 +74,14 @@ def _same_as_server(values: dict[str, Any], settings: Settings) -> None:
         )
     if values.get("settings") != settings.digest().hex():
         raise SettingsMismatchError("this client's settings differ from the server's: use one conf and overrides")
+
+
+def _run(values: dict[str, Any], settings: Settings, run_id: int) -> int:
+    """The id that messages and files are bound to: Flower's, or where a run is resumed that of the first one."""
+    run = values.get("run")
+    if not isinstance(run, int) or not 0 <= run < 2**64 or (run != run_id and not settings.resume):
+        raise RoundMismatchError("the message is of another run, and nobody asked to resume one")
+    return run
 
 
 @app.query("join")

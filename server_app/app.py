@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from ciphertune import resume
 from ciphertune.errors import CiphertuneError
 from ciphertune.events import check_log
 from ciphertune.node import run_folder
@@ -29,18 +30,28 @@ def main(grid: Grid, context: Context) -> None:
     try:
         settings = settings_of(CONF, context.run_config)
         check_log(settings)
-        folder = ServerFolder(run_folder(settings, context.run_id))
-        folder.start(settings, str(context.run_config.get("overrides", "")))
+        path = run_folder(settings, context.run_id)
+        earlier = resume.find(path, settings) if settings.resume else None
+        folder = ServerFolder(path, resumed=earlier is not None)
+        strategy = EncryptedLora(settings, folder, earlier.run if earlier else context.run_id)
+        if earlier:
+            resume.restore(earlier, strategy.federation, strategy.ledger)
+        folder.hold(settings.log)
+        if earlier:
+            folder.cut(earlier.round + 1)
+            strategy.conduct.recall()
+        else:
+            folder.start(settings, str(context.run_config.get("overrides", "")))
     except CiphertuneError as error:
         print(f"{MARK} {type(error).__name__}: {error}", flush=True)
         raise RuntimeError(str(error)) from None
-    strategy = EncryptedLora(settings, folder, context.run_id)
     try:
         strategy.run(grid)
     except BaseException as error:
         strategy.fail(error, time.perf_counter() - start)
         raise
     finally:
+        folder.release()
         draw(folder.path)
 
 

@@ -31,12 +31,15 @@ def check_enough(federation: Federation) -> None:
 
 
 class Conduct:
-    """The faults of each client. A run folder that holds some already is taken up."""
+    """The faults of each client."""
 
     def __init__(self, federation: Federation, folder: ServerFolder) -> None:
         self._federation, self._folder = federation, folder
         self._faults: dict[str, dict[int, str]] = defaultdict(dict)  # client -> round -> why
-        path = folder.path / "rounds.jsonl"
+
+    def recall(self) -> None:
+        """Take up the faults that the run folder holds, of a run that is resumed."""
+        path = self._folder.path / "rounds.jsonl"
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
             if line["stage"] == FAULT:
                 self._count(line["node"], line["round"], line["reason"])

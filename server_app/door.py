@@ -33,11 +33,16 @@ class Door:
 
     def greeting(self) -> dict[str, Any]:
         """What every message to a client begins with: a client under other settings or code refuses it."""
-        return {"settings": self.settings.digest().hex(), "code": code_digest()}
+        return {"settings": self.settings.digest().hex(), "code": code_digest(), "run": self.federation.run}
 
     def gather(self, grid: Grid) -> None:
-        """Wait until enough clients have joined, then make the plan. Raises FederationError when they do not."""
+        """Wait until enough clients have joined, then make the plan. Raises FederationError when they do not.
+
+        A run that is resumed has its plan, and can do without those that stay away.
+        """
         federation = self.settings.federation
+        resumed = self.federation.session is not None
+        least = federation.min_contributors if resumed else federation.min_clients
         deadline = time.monotonic() + federation.wait_timeout
         hellos: list[Hello] = []
         said = ""
@@ -47,15 +52,19 @@ class Door:
                 break
             state = f"{len(hellos)} of at least {federation.min_clients} clients (federation.min_clients) have joined"
             if time.monotonic() > deadline or self._simulated:
+                if resumed and len(hellos) >= least:
+                    break
                 raise FederationError("; ".join([state, *self._reasons()]))
             if state != said:
                 said = state
                 say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in hellos)})")
             time.sleep(1.0)
         self._refusals += [(hello.name, reason) for hello, reason in self.federation.settle(hellos)]
-        members = self.federation.members
-        if len(members) < federation.min_clients:
-            state = f"{len(members)} clients can work together, federation.min_clients={federation.min_clients}"
+        nodes = {hello.node_id for hello in hellos}
+        members = [m for m in self.federation.members if m.hello.node_id in nodes]
+        if len(members) < least:
+            name = "min_contributors" if resumed else "min_clients"
+            state = f"{len(members)} clients can work together, federation.{name}={least}"
             raise FederationError("; ".join([state, *self._reasons()]))
         for reason in self._reasons():
             say(f"left out {reason}")
@@ -71,6 +80,8 @@ class Door:
                 say(f"  {member.name} joins: rank {hello.rank}, {hello.samples} examples")
             except CiphertuneError as error:
                 self._refusals.append((hello.name, str(error)))
+                if any(m.name == hello.name for m in self.federation.members) and not hello.simulated:
+                    self._seen.discard(hello.node_id)  # its old node may only seem to be there: ask again next round
         for reason in self._reasons():
             say(f"left out {reason}")
 
@@ -80,9 +91,10 @@ class Door:
         return [m for m in self.federation.admitted if m.hello.node_id in nodes]
 
     def wait_for_enough(self, grid: Grid) -> list[Member]:
-        """The members that are connected, once they are enough for an aggregate, or after `wait_timeout` seconds.
+        """The members that are connected, once they are enough for an aggregate.
 
-        Raises FederationError at once when so many were excluded that it is no use to wait.
+        Raises FederationError when they are not within `wait_timeout` seconds, and at once when so many were excluded
+        that it is no use to wait.
         """
         federation = self.settings.federation
         check_enough(self.federation)
@@ -94,6 +106,12 @@ class Door:
                 said = True
             time.sleep(1.0)
             self.greet_new(grid)
+        if len(found) < federation.min_contributors:
+            names = ", ".join(m.name for m in found) or "nobody"
+            raise FederationError(
+                f"after {federation.wait_timeout:.0f} s {len(found)} clients are connected ({names}), fewer than "
+                f"federation.min_contributors={federation.min_contributors}"
+            )
         return found
 
     def _greet(self, grid: Grid, deadline: float) -> list[Hello]:

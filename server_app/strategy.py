@@ -13,8 +13,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from ciphertune import flower, wire
-from ciphertune.errors import CiphertuneError, FederationError, FormatError
+from ciphertune import flower, resume, wire
+from ciphertune.errors import CiphertuneError, FederationError, FormatError, TooFewError
 from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
 from ciphertune.runs import ServerFolder
@@ -25,6 +25,8 @@ from server_app.conduct import Conduct
 from server_app.door import Door
 from server_app.mail import exchange, open_reply, say
 from server_app.table import Table
+
+_ATTEMPTS = 3  # at a round in which too few updates are usable
 
 
 class EncryptedLora(Strategy):
@@ -38,6 +40,7 @@ class EncryptedLora(Strategy):
         self.door = Door(settings, self.federation)
         self.table = Table(settings, self.federation)
         self._chosen: list[Member] = []  # whom the messages of the current exchange go to
+        self._aggregate: wire.Message | None = None  # of the round that was closed last
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
 
@@ -74,17 +77,15 @@ class EncryptedLora(Strategy):
         self.summary()
         self.door.gather(grid)
         assert self.federation.session is not None
-        self.folder.plan(self.federation.session.plan, self.federation.members)
+        if not self.federation.next_round:
+            self.folder.plan(self.federation.session.plan, self.federation.members)
         result, nothing = Result(), ConfigRecord()
-        for round_ in range(num_rounds):
-            self.door.greet_new(grid)
+        for round_ in range(self.federation.next_round, num_rounds):
             started = time.perf_counter()
-            if self.table.due(round_, self.door.online(grid)):
-                self._negotiate(grid, round_, self.door.wait_for_enough(grid), timeout)
-            replies = self.stream(grid, self.configure_train(round_, initial_arrays, nothing, grid), timeout)
-            metrics = self.aggregate_train(round_, replies)[1]
-            result.train_metrics_clientapp[round_ + 1] = metrics or MetricRecord()
+            result.train_metrics_clientapp[round_ + 1] = self._round(grid, round_, timeout) or MetricRecord()
             self.ledger.close_round(round_, mean(self._scores_before), time.perf_counter() - started)
+            assert self._aggregate is not None
+            resume.keep(self.folder, self.federation, self.ledger, self._aggregate)
             say(self.ledger.round_line(round_))
         replies = self.stream(grid, self.configure_evaluate(num_rounds, initial_arrays, nothing, grid), timeout)
         result.evaluate_metrics_clientapp[num_rounds] = self.aggregate_evaluate(num_rounds, replies) or MetricRecord()
@@ -96,10 +97,28 @@ class EncryptedLora(Strategy):
         say(f"adapters in {self.folder.path / 'clients'}, one PEFT folder per client on its own machine")
         return result
 
+    def _round(self, grid: Grid, round_: int, timeout: float) -> MetricRecord | None:
+        """One round; begun again while too few updates are usable. Raises TooFewError when that happens too often."""
+        for left in reversed(range(_ATTEMPTS)):
+            self.door.greet_new(grid)
+            if self.table.due(round_, self.door.online(grid)):
+                self._negotiate(grid, round_, self.door.wait_for_enough(grid), timeout)
+            tasks = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
+            try:
+                return self.aggregate_train(round_, self.stream(grid, tasks, timeout))[1]
+            except TooFewError as error:
+                if not left:
+                    raise
+                say(f"{error}; it is begun again")
+                self.folder.cut(round_)
+        raise AssertionError
+
     def fail(self, error: BaseException, seconds: float) -> None:
         """Write the summary of a run that failed, and say why in one line."""
         self.ledger.finish("failed", reason=f"{type(error).__name__}: {error}")
         say(f"run failed after {seconds:.0f} s: {error}")
+        if done := self.federation.next_round:
+            say(f"{done} rounds are kept: `ciphertune run resume={self.folder.path}` goes on from there")
 
     # --- Flower's hooks -------------------------------------------------------------------------------------------
 
@@ -107,9 +126,10 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._chosen = self.federation.sample(self.table.seated(self.door.wait_for_enough(grid)))
+        self._chosen = self.federation.sample(server_round, self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = self.federation.total(self._chosen)
+        self.ledger.open_round()
         messages = []
         for member in self._chosen:
             message, size = self._task(member, "train", server_round, total)
@@ -126,7 +146,7 @@ class EncryptedLora(Strategy):
             member = self._asked[reply.metadata.reply_to_message_id]
             started = time.perf_counter()
             if not reply.has_error() and "payload" in reply.content:
-                self.ledger.arrived(member)
+                self.ledger.arrived(server_round, member)
             try:
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)
@@ -135,9 +155,7 @@ class EncryptedLora(Strategy):
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
         started = time.perf_counter()
-        aggregate = self.federation.close_round(self._sum)
-        assert self.federation.session is not None
-        self.folder.aggregate(server_round, wire.encode(aggregate, self.federation.session))
+        self._aggregate = self.federation.close_round(self._sum)
         self.ledger.aggregated(server_round, seconds + time.perf_counter() - started, **self._sum.extra)
         before = mean(self._scores_before)
         return None, MetricRecord({"heldout_loss": before.loss}) if before else None

@@ -65,9 +65,10 @@ class LocalGrid(Grid):
         run_config: dict[str, Any],
         tamper: Tamper | None = None,
         outgoing: tuple[str, Callable[[Message], None]] | None = None,
+        run_id: int = 4242,
     ) -> None:
         self.nodes, self.run_config, self.tamper = dict(nodes), run_config, tamper
-        self.run_id = 4242
+        self.run_id = run_id
         self.replies: dict[str, Wire] = {}
         self.messages: dict[str, Message] = {}
         self.sent: list[tuple[int, Message]] = []

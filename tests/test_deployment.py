@@ -3,56 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import BIN, connection, free_port, start, started, superlink
 from tiny import SENTENCES, write_lines
 
-BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[tuple[ExitStack, dict[str, str]]]:
-    """Processes entered here are ended by their own id."""
-    environment = os.environ | {
-        "FLWR_HOME": str(tmp_path / "flwr"),
-        "CIPHERTUNE_HOME": str(tmp_path / "server"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
-    with ExitStack() as stack:
-        yield stack, environment
-
-
-def start(stack: ExitStack, environment: dict[str, str], log: Path, *words: str) -> subprocess.Popen[bytes]:
-    file = stack.enter_context(log.open("wb"))
-    process = subprocess.Popen(words, env=environment, cwd=log.parent, stdout=file, stderr=file)
-
-    def end() -> None:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-    stack.callback(end)
-    return process
+__all__ = ["started"]  # a fixture
 
 
 @pytest.mark.slow
@@ -65,15 +25,7 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     made = [str(BIN / "ciphertune"), "keys", "create", "--out", str(key), "--app", str(ROOT), f"method={method}"]
     subprocess.run(made, env=environment, check=True, capture_output=True)
     port = free_port()
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    link = start(stack, environment, tmp_path / "superlink.log", "flower-superlink", "--insecure", *address)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and link.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.3)
+    superlink(stack, environment, tmp_path / "superlink.log", port)
     for name, rank in (("lab-a", 4), ("lab-b", 8)):
         data = write_lines(tmp_path / f"{name}.jsonl", [{"text": t} for t in SENTENCES])
         config = f'name="{name}" rank={rank} data-path="{data}" key-file="{key}" run-dir="{tmp_path / name}"'
@@ -81,11 +33,7 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
             config += " allow-clear=true " + ("budget=0.1" if rank == 4 else "seconds-per-round=20 upstream=1000000")
         start(stack, environment, tmp_path / f"{name}.log", "flower-supernode", "--insecure", "--superlink",
               f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)  # fmt: skip
-    home = tmp_path / "flwr"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    connection(environment, "lab", port)
     overrides = [
         f"method={method}", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl",
         "data.heldout_fraction=0.3",

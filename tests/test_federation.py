@@ -148,9 +148,9 @@ def test_a_greeting_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> N
 def test_sampling_asks_the_share_but_never_fewer_than_could_be_released() -> None:
     federation = settled(*(hello(f"c{k}") for k in range(10)))
     federation.settings = replace(SETTINGS, federation=FederationSettings(fraction=0.3, min_contributors=2))
-    assert len(federation.sample(federation.members)) == 3
+    assert len(federation.sample(0, federation.members)) == 3
     federation.settings = replace(SETTINGS, federation=FederationSettings(fraction=0.01, min_contributors=2))
-    assert len(federation.sample(federation.members)) == 2
+    assert len(federation.sample(0, federation.members)) == 2
 
 
 def _adapter(rank: int, value: float) -> Adapter:

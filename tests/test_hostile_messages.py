@@ -437,6 +437,7 @@ def test_faults_and_exclusions_are_taken_up_from_a_run_folder(tmp_path: Path) ->
         watch.left_out("round", round_, member(first, "b"), FormatError("x"))
     again = members("a", "b", "c")
     watch = conduct(again, tmp_path / "run")
+    watch.recall()
     assert again.excluded == first.excluded and list(again.excluded) == ["a"]
     watch.left_out("round", 7, member(again, "b"), FormatError("x"))
     assert list(again.excluded) == ["a", "b"]

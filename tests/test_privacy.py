@@ -253,17 +253,17 @@ def test_a_missing_accountant_is_found_before_anything_runs_without_a_target_too
 # ---------------------------------------------------------------------------------------------------------------- Spent
 
 
-def counted(spent: Spent, weights: dict[str, float]) -> dict[str, dict[str, float]]:
+def counted(spent: Spent, weights: dict[str, float], round_: int = 0) -> dict[str, dict[str, float]]:
     """One round of clients of one rank."""
     for name in weights:
-        spent.arrived(name)
+        spent.arrived(name, round_)
     spent.released({name: (w, 4) for name, w in weights.items()})
     return spent.report()
 
 
 def test_the_servers_view_counts_each_clients_own_rounds_only() -> None:
     spent, both = Spent(0.9, DELTA), {"a": 0.5, "b": 0.5}
-    seen = [counted(spent, w) for w in (both, {"a": 0.4, "c": 0.6}, both)]
+    seen = [counted(spent, w, k) for k, w in enumerate((both, {"a": 0.4, "c": 0.6}, both))]
     for found, counts in zip(seen, ({"a": 1, "b": 1}, {"a": 2, "b": 1, "c": 1}, {"a": 3, "b": 2, "c": 1}), strict=True):
         assert {n: v["server"] for n, v in found.items()} == {n: epsilon([0.9] * k, DELTA) for n, k in counts.items()}
 
@@ -271,7 +271,7 @@ def test_the_servers_view_counts_each_clients_own_rounds_only() -> None:
 def test_another_clients_view_is_by_the_noise_of_all_but_the_worst_observer() -> None:
     spent, weights = Spent(0.9, DELTA), {"a": 0.5, "b": 0.3, "c": 0.15, "d": 0.05}
     for k in (1, 2):
-        found = counted(spent, weights)
+        found = counted(spent, weights, k)
         for name in weights:
             assert found[name]["client"] == pytest.approx(
                 epsilon([noise_in_mean(0.9, weights, name)] * k, DELTA), rel=1e-9
@@ -290,4 +290,4 @@ def test_another_client_learns_less_the_more_contribute_and_with_two_as_much_as_
 def test_a_round_without_a_client_costs_it_nothing_in_either_view() -> None:
     spent = Spent(1.0, DELTA)
     before = counted(spent, {"a": 0.3, "b": 0.3, "c": 0.4})["c"]
-    assert counted(spent, {"a": 0.5, "b": 0.5})["c"] == before
+    assert counted(spent, {"a": 0.5, "b": 0.5}, 1)["c"] == before

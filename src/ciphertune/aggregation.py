@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import DisagreementError, FederationError, FormatError, RoundMismatchError
+from ciphertune.errors import DisagreementError, FormatError, RoundMismatchError, TooFewError
 from ciphertune.ranks import Contributor
 
 
@@ -73,7 +73,7 @@ class SeparateSum:
     def release(self, minimum: int) -> wire.Message:
         """The aggregate, up to the largest tier to which at least `minimum` clients contributed.
 
-        Raises FederationError when fewer than `minimum` contributed at all: the sum of one update *is* that update.
+        Raises TooFewError when fewer than `minimum` contributed at all: the sum of one update *is* that update.
         """
         if self.contributors < max(1, minimum):
             raise too_few(self._round, self.contributors, minimum)
@@ -137,9 +137,9 @@ def check_norm(parts: Sequence[npt.NDArray[np.float64]], session: wire.Session) 
         )
 
 
-def too_few(round_: int, found: int, minimum: int) -> FederationError:
+def too_few(round_: int, found: int, minimum: int) -> TooFewError:
     """Why an aggregate is not released."""
-    return FederationError(
+    return TooFewError(
         f"round {round_}: {found} usable updates, fewer than federation.min_contributors="
         f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from functools import reduce
+from pathlib import PurePath
 from typing import Any
 
 from ciphertune.errors import SettingsError
@@ -129,6 +130,8 @@ def check(settings: Settings) -> None:
         raise SettingsError("model.targets is empty: name linear layers of the model, or [all-linear]")
     if settings.data.source == "jsonl" and not settings.data.heldout_path and not settings.data.heldout_fraction:
         raise SettingsError("there would be no held-out text: set data.heldout_fraction above 0, or data.heldout_path")
+    if settings.resume and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", PurePath(settings.resume).name):
+        raise SettingsError(f"resume={settings.resume!r} is no run folder: want resume=runs/NAME")
     if settings.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", settings.name):
         raise SettingsError(f"name={settings.name!r}: use letters, digits, '.', '_' and '-', at most 100 of them")
     if settings.model.task == "classification" and settings.data.source == "jsonl" and len(settings.data.labels) < 2:

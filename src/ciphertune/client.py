@@ -2,6 +2,7 @@
 
 <run>/clients/<node>/state/adapter.safetensors     the last mean it was given, with the round it came from
 <run>/clients/<node>/state/optimizer-*.safetensors AdamW's moments
+<run>/clients/<node>/state/before/                 both as they were before the last round it trained in
 <run>/clients/<node>/state/data.safetensors        its examples, encoded
 <run>/clients/<node>/adapter/                      the finished adapter, a PEFT folder
 """
@@ -14,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from ciphertune import exchange, merging, wire, wishes
 from ciphertune.adapter import Adapter, difference, in_bfloat16
@@ -32,12 +31,12 @@ from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
 from ciphertune.norms import check_mean, keep_norms
 from ciphertune.plan import Plan
-from ciphertune.privacy import epsilon, noise_multiplier, protect
-from ciphertune.progress import Progress, note
+from ciphertune.progress import Progress
 from ciphertune.ranks import norm_weight
+from ciphertune.release import protected
 from ciphertune.settings import Settings
 from ciphertune.split import keep_own
-from ciphertune.state import count_release, load_state, record, save_state
+from ciphertune.state import begin_round, load_state, record, rewind, save_state
 from ciphertune.task import Task, Terms, parse_task
 
 _STATE = "state/adapter.safetensors"
@@ -152,6 +151,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
     training, factor = client.settings.training, client.settings.method.rate_factor
+    begin_round(client.node.folder, client.run, task.round)
     with client.timed("train"):
         result = lm_train.train(
             client.model,
@@ -165,7 +165,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             progress=progress,
         )
     trained = client.model.read()
-    update = _protected(client, trained, adapter, task)
+    update = protected(client, trained, adapter, task)
     if client.settings.record_updates:
         record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
     with client.timed("seal"):
@@ -202,31 +202,6 @@ def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, A
     return report | {"seconds": client.seconds}
 
 
-def _protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) -> Adapter:
-    """What this client sends of what it trained: clipped and noised where the method says so.
-
-    Raises PlanMismatchError when it has sent as many updates as the noise was made for, whatever the server asks.
-    """
-    method, rounds = client.settings.method, client.settings.federation.rounds
-    if method.noise == "none":
-        return trained
-    plan, z = client.plan(task.terms), noise_multiplier(method, rounds)
-    sent = count_release(client.node.folder, client.run)
-    if sent > rounds:
-        raise PlanMismatchError(f"this client has sent {rounds} updates, all that federation.rounds={rounds} allows")
-    text = f"update {sent} of {rounds} with noise {z:.3g} x clip {method.clip:g}"
-    note(client.node.name, f"{text}; epsilon {epsilon([z] * sent, method.delta):.3g} (delta {method.delta:g})")
-    return protect(
-        trained,
-        adapter,
-        plan.factors(task.round),
-        plan.shared(adapter.rank),
-        clip=method.clip,
-        noise_multiplier=z,
-        generator=np.random.default_rng(),  # from the operating system: noise that follows from a seed hides nothing
-    )
-
-
 def alone(client: Client, rounds: int) -> dict[str, Any]:
     """The same number of steps from the same start without the others: what joining must beat. Nothing is kept."""
     progress = Progress(client.node.name, "alone")
@@ -249,7 +224,10 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
     """
     path = client.node.folder / _STATE
     initial = client.model.read()
+    rewind(client.node.folder, client.run, task.round)
     adapter, at = load_state(path, initial, run=client.run)
+    if at >= task.round:  # two aggregates of one round, subtracted, would show who is in one of them alone
+        raise PlanMismatchError(f"this node holds the mean of round {at}, and is asked for round {task.round} again")
     if client.settings.method.fit_rank == "merge" and merging.merged_at(client.node.folder, client.run) < at:
         adapter, at = initial, -1  # the state without what was merged is worth nothing: ask for everything
     if at < task.base:

@@ -15,7 +15,9 @@ CiphertuneError                 one clear line: what was wrong, with which value
 │   │   └── DisagreementError   two clients contradict each other, and nobody can tell which one is wrong
 │   ├── SettingsMismatchError   made under other settings
 │   └── RoundMismatchError      another run, round or sender; a replay
+├── ResumeError                 an earlier run that cannot be gone on with: unknown, finished, other settings, damaged
 └── FederationError             the run cannot go on (too few clients, nothing usable in a round)
+    └── TooFewError             a round has too few usable updates: nothing was released, it can be tried again
 """
 
 
@@ -79,5 +81,13 @@ class RoundMismatchError(WireError):
     """The message belongs to another run, round or sender."""
 
 
+class ResumeError(CiphertuneError):
+    """An earlier run cannot be gone on with."""
+
+
 class FederationError(CiphertuneError):
     """The run cannot go on."""
+
+
+class TooFewError(FederationError):
+    """A round has too few usable updates: nothing was released, and it can be tried again."""

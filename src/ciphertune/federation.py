@@ -105,25 +105,17 @@ class Federation:
         self.excluded: dict[str, str] = {}  # name -> why
         self.session: wire.Session | None = None
         # oldest first; only what some client might still need, each with the plan it was made under
-        self._history: list[tuple[wire.Message, Plan]] = []
-        self._random = random.Random(settings.seed)  # noqa: S311 - sampling of clients, not a secret
+        self.history: list[tuple[wire.Message, Plan]] = []
+        self.next_round = 0  # the first that has no aggregate yet
 
     def settle(self, hellos: Sequence[Hello]) -> list[tuple[Hello, str]]:
-        """Make the plan from the first greetings. Returns those left out, each with the reason.
+        """Make the plan from the first greetings, unless there is one. Returns those left out, each with the reason.
 
         Clients with different keys, models or starting points cannot be summed; the largest group that agrees stays.
         Raises FederationError when there is no largest one.
         """
-        groups = Counter(_common(h) for h in hellos).most_common()
-        if len(groups) > 1 and groups[0][1] == groups[1][1]:
-            one, two = (next(h for h in hellos if _common(h) == g) for g, _ in groups[:2])
-            raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
-        first = next(h for h in hellos if _common(h) == groups[0][0])
-        agreed = [h for h in hellos if _common(h) == groups[0][0]]
-        plan = make_plan(self.settings, first.layers, first.heads, self._tiers([h.rank for h in agreed]))
-        self.session = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
-        if first.parameters != self.session.public.digest().hex():
-            raise FederationError("the clients' encryption library or parameters differ from the server's")
+        if self.session is None:
+            self.session = self._agree(hellos)
         refused: list[tuple[Hello, str]] = []
         for hello in hellos:
             try:
@@ -131,6 +123,20 @@ class Federation:
             except (FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError) as error:
                 refused.append((hello, str(error)))
         return refused
+
+    def _agree(self, hellos: Sequence[Hello]) -> wire.Session:
+        """What the largest group of clients that agree have in common."""
+        groups = Counter(_common(h) for h in hellos).most_common()
+        if len(groups) > 1 and groups[0][1] == groups[1][1]:
+            one, two = (next(h for h in hellos if _common(h) == g) for g, _ in groups[:2])
+            raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
+        first = next(h for h in hellos if _common(h) == groups[0][0])
+        agreed = [h for h in hellos if _common(h) == groups[0][0]]
+        plan = make_plan(self.settings, first.layers, first.heads, self._tiers([h.rank for h in agreed]))
+        found = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
+        if first.parameters != found.public.digest().hex():
+            raise FederationError("the clients' encryption library or parameters differ from the server's")
+        return found
 
     def _tiers(self, present: Sequence[int]) -> tuple[int, ...]:
         """The ranks to which enough clients reach for an aggregate to be released.
@@ -214,13 +220,16 @@ class Federation:
         plan = self.session.plan
         return not plan.negotiates or member.hello.budget <= max(plan.budgets, default=-1.0)
 
-    def sample(self, available: Sequence[Member]) -> list[Member]:
-        """The clients asked in the next round: a share of the available ones, at least `min_contributors`."""
+    def sample(self, round_: int, available: Sequence[Member]) -> list[Member]:
+        """The clients asked in a round: a share of the available ones, at least `min_contributors`. The same ones when
+        the round is begun again.
+        """
         federation = self.settings.federation
         wanted = max(federation.min_contributors, round(federation.fraction * len(available)))
         if self.settings.crypto.packed:
             wanted = min(wanted, self.settings.crypto.max_updates)
-        chosen = self._random.sample(list(available), min(wanted, len(available)))
+        draw = random.Random(f"{self.settings.seed} {round_}")  # noqa: S311 - sampling of clients, not a secret
+        chosen = draw.sample(list(available), min(wanted, len(available)))
         return sorted(chosen, key=lambda m: m.number)
 
     def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
@@ -237,15 +246,16 @@ class Federation:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
         aggregate = sum_.release(self.settings.federation.min_contributors)
         assert self.session is not None
-        self._history.append((aggregate, self.session.plan))
-        self._history = _needed(self._history, -1, self.session.plan.tiers[-1])
+        self.history.append((aggregate, self.session.plan))
+        self.history = _needed(self.history, -1, self.session.plan.tiers[-1])
+        self.next_round = aggregate.round + 1
         return aggregate
 
     def catch_up(self, member: Member) -> list[tuple[wire.Message, wire.Session]]:
         """The aggregates this member lacks, oldest first, each cut to its rank, and the session each was made in."""
         assert self.session is not None
         rank = self.contributor(member).rank
-        found = [(m, replace(self.session, plan=p)) for m, p in _needed(self._history, member.have, rank)]
+        found = [(m, replace(self.session, plan=p)) for m, p in _needed(self.history, member.have, rank)]
         return [(cut(m, session, rank), session) for m, session in found]
 
     def contributor(self, member: Member) -> Contributor:

@@ -53,6 +53,8 @@ def launch(
     Raises SettingsError for a bad override before anything is started, FederationError when Flower cannot be started.
     """
     folder = app_folder(app)
+    if superlink is None:
+        overrides, runs_dir = _as_before(folder, overrides, runs_dir)
     settings = compose(folder / "conf", overrides)
     if not settings.model.name:
         raise SettingsError("model.name is empty: give a folder, a hub id, or 'embedded'")
@@ -60,7 +62,7 @@ def launch(
         check_simulation(settings)
     name = settings.name or f"{settings.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
     runs = runs_dir.expanduser().resolve()
-    if (runs / name / "settings.yaml").exists():
+    if not settings.resume and (runs / name / "settings.yaml").exists():
         raise SettingsError(f"run folder {runs / name} holds another run already: choose another name=...")
     words = [*overrides, *([] if settings.name else [f"name={name}"])]
     with tempfile.TemporaryDirectory(prefix="ciphertune-", ignore_cleanup_errors=True) as scratch:
@@ -77,6 +79,25 @@ def launch(
         with _own_superlink(Path(scratch), empty) as environment:
             log = runs / name / "flower.log"
             return _follow(command, environment, empty, _CONNECTION, verbose, log)
+
+
+def _as_before(app: Path, overrides: Sequence[str], runs_dir: Path) -> tuple[Sequence[str], Path]:
+    """Where a run on this machine is to be resumed: the overrides that it was started with, and what is said now.
+
+    Returns the overrides and the folder that the run's folder is in. Raises ResumeError.
+    """
+    given = {key: value for key, _, value in (word.partition("=") for word in overrides)}
+    if not given.get("resume"):
+        return overrides, runs_dir
+    from ciphertune import resume
+
+    path = Path(given["resume"]).expanduser()
+    path = (path if len(path.parts) > 1 else runs_dir.expanduser() / path).resolve()
+    kept = [word for word in resume.overrides(path) if word.partition("=")[0] not in (*given, "name")]
+    words = [*kept, *(w for w in overrides if w.partition("=")[0] not in ("resume", "name"))]
+    words += [f"resume={path}", f"name={path.name}"]
+    resume.find(path, compose(app / "conf", words))
+    return words, path.parent
 
 
 def check_simulation(settings: Settings) -> None:
@@ -123,7 +144,8 @@ def _follow(
             elif MARK in line:
                 print(line.split(MARK, 1)[1].rstrip().removeprefix(" "), flush=True)
     if log is not None and log.parent.is_dir():
-        log.write_text("".join(kept), encoding="utf-8")
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(kept)
     if not run_id:
         raise FederationError("Flower did not start the run:\n" + "".join(kept[-15:]))
     status, details = _status(run_id, environment, cwd, connection)

@@ -72,12 +72,13 @@ def home() -> Path:
 
 def run_name(settings: Settings, run_id: int) -> str:
     """Name of the run folder: every party of a run derives the same one."""
-    return settings.name or f"{settings.method.name}-{run_id % (1 << 32):08x}"
+    return Path(settings.resume).name or settings.name or f"{settings.method.name}-{run_id % (1 << 32):08x}"
 
 
-def run_folder(settings: Settings, run_id: int, runs_dir: str = "") -> Path:
-    """The run folder of this machine."""
-    root = Path(runs_dir or settings.runs_dir or "runs").expanduser()
+def run_folder(settings: Settings, run_id: int, runs_dir: str = "", *, server: bool = True) -> Path:
+    """The run folder of this machine. server: where `resume` is a path, and not the name of the run alone."""
+    above = str(Path(settings.resume).parent) if server and len(Path(settings.resume).parts) > 1 else ""
+    root = Path(runs_dir or above or settings.runs_dir or "runs").expanduser()
     return (root if root.is_absolute() else home() / root) / run_name(settings, run_id)
 
 
@@ -105,7 +106,7 @@ def node_settings(
     name = str(config.get("name", f"client-{index}" if simulated else f"node-{node_id % (1 << 32):08x}"))
     if not NAME.fullmatch(name):
         raise SettingsError(f"node setting name={name!r}: use letters, digits, '.', '_' and '-', at most 64 of them")
-    folder = run_folder(settings, run_id, str(config.get("run-dir", ""))) / "clients"
+    folder = run_folder(settings, run_id, str(config.get("run-dir", "")), server=simulated) / "clients"
     key_file = str(config.get("key-file", default.key_file))
     if not simulated:
         _check_protection(settings, config, key_file)

@@ -96,12 +96,23 @@ class Spent:
     delta: float
 
     def __post_init__(self) -> None:
-        self._server: dict[str, list[float]] = {}
+        self._server: dict[str, set[int]] = {}  # rounds
         self._client: dict[str, list[float]] = {}
 
-    def arrived(self, name: str) -> None:
-        """An update reached the server, whether it was used or not."""
-        self._server.setdefault(name, []).append(self.multiplier)
+    def arrived(self, name: str, round_: int) -> None:
+        """An update reached the server, whether it was used or not. Asked for a round again, a client sends the same
+        one again, which gives away nothing more.
+        """
+        self._server.setdefault(name, set()).add(round_)
+
+    def state(self) -> dict[str, Any]:
+        """What was given away so far, as plain values."""
+        return {"server": {name: sorted(rounds) for name, rounds in self._server.items()}, "client": self._client}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._server = {name: set(map(int, rounds)) for name, rounds in state["server"].items()}
+        self._client = {name: list(map(float, zs)) for name, zs in state["client"].items()}
 
     def released(self, people: Mapping[str, tuple[float, int]]) -> None:
         """An aggregate of these contributors went out. people: weight and shared components of each.
@@ -120,8 +131,11 @@ class Spent:
     def report(self) -> dict[str, dict[str, float]]:
         """Epsilon per client and view."""
         return {
-            name: {"server": epsilon(zs, self.delta), "client": epsilon(self._client.get(name, []), self.delta)}
-            for name, zs in self._server.items()
+            name: {
+                "server": epsilon([self.multiplier] * len(rounds), self.delta),
+                "client": epsilon(self._client.get(name, []), self.delta),
+            }
+            for name, rounds in self._server.items()
         }
 
 

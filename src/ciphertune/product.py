@@ -85,7 +85,7 @@ class ProductSum:
         return len(self._updates)
 
     def release(self, minimum: int) -> wire.Message:
-        """The aggregate. Raises FederationError when fewer than `minimum` contributed: one update's sum is itself."""
+        """The aggregate. Raises TooFewError when fewer than `minimum` contributed: one update's sum is itself."""
         if self.contributors < max(1, minimum):
             raise too_few(self._round, self.contributors, minimum)
         updates = [self._updates[s] for s in sorted(self._updates)]

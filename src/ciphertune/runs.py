@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ciphertune.errors import SettingsError
+from ciphertune.errors import ResumeError, SettingsError
 from ciphertune.events import Events
 from ciphertune.federation import Member
 from ciphertune.plan import Plan
@@ -21,20 +22,36 @@ from ciphertune.versions import versions
 class ServerFolder:
     """The server's files: settings, versions, plan, rounds, summary, the aggregates, and its view when recorded."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path = path
         self._events: Events | None = None
-        if (path / "settings.yaml").exists():
+        if not resumed and (path / "settings.yaml").exists():
             raise SettingsError(f"run folder {path} holds another run already: choose another name=...")
         path.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, log: str = "") -> None:
+        """Keep other servers out of the folder until `release` or the end of this process, and open the log.
+
+        Raises ResumeError.
+        """
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ResumeError(f"another server works in {self.path}: wait until it has ended, or end it") from None
+        if log == "tensorboard":
+            self._events = Events(self.path / "tensorboard")
+
+    def release(self) -> None:
+        """Let others in."""
+        self._lock.close()
 
     def start(self, settings: Settings, overrides: str) -> None:
         """Settings as resolved, the overrides they came from, and the versions."""
         text = yaml.safe_dump({"overrides": overrides, **_plain(asdict(settings))}, sort_keys=False)
         write(self.path / "settings.yaml", text.encode())
         write_json(self.path / "versions.json", versions())
-        if settings.log == "tensorboard":
-            self._events = Events(self.path / "tensorboard")
 
     def plan(self, plan: Plan, members: Sequence[Member], negotiation: Mapping[str, Any] | None = None) -> None:
         """The plan, who takes part, and where columns were negotiated what each client got of what it asked for."""
@@ -56,6 +73,29 @@ class ServerFolder:
     def aggregate(self, round_: int, data: bytes) -> None:
         """The aggregate as the server holds it."""
         write(self.path / "server" / f"round_{round_:04d}.msg", data)
+
+    def state(self, round_: int, values: Mapping[str, Any], plans: Iterable[Plan]) -> None:
+        """What a later process needs to go on after this round; of earlier rounds the last is kept."""
+        for plan in plans:
+            path = self.path / "server" / f"plan-{plan.digest().hex()}.json"
+            if not path.exists():
+                write(path, plan.to_json().encode())
+        write_json(self.path / "server" / f"state_{round_:04d}.json", values)
+        (self.path / "server" / f"state_{round_ - 2:04d}.json").unlink(missing_ok=True)
+
+    def cut(self, round_: int) -> None:
+        """Move the lines of this round and later ones out of rounds.jsonl: what was cut off is done again."""
+        path = self.path / "rounds.jsonl"
+        kept: list[str] = []
+        off: list[str] = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                (kept if json.loads(line)["round"] < round_ else off).append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # its writer was ended in the middle of it
+                off.append(line + "\n")
+        with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(off)
+        write(path, "".join(kept).encode())
 
     def view(self, round_: int, node: str, data: bytes) -> None:
         """Exactly the bytes the server got from one client."""
@@ -80,7 +120,11 @@ def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
+    try:
+        temporary.write_bytes(data)
+    except OSError:  # a full disk has no room for half a file
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 

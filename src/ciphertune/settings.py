@@ -16,7 +16,7 @@ from ciphertune.errors import SettingsError
 from ciphertune.plain import build
 
 # What only the party itself needs to know; two parties may differ in it and still work together.
-_LOCAL = ("runs_dir", "name", "record_server_view", "record_updates", "log")
+_LOCAL = ("runs_dir", "name", "resume", "record_server_view", "record_updates", "log")
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ class Settings:
     federation: FederationSettings = FederationSettings()
     training: TrainingSettings = TrainingSettings()
     name: str = ""  # of the run folder; empty: from the method and Flower's run id
+    resume: str = ""  # run folder of an earlier run to go on with
     seed: int = 0
     runs_dir: str = ""  # empty: $CIPHERTUNE_HOME/runs, by default ~/.ciphertune/runs
     record_server_view: bool = False
@@ -194,8 +195,12 @@ class Settings:
 
     def digest(self) -> bytes:
         """16 bytes over everything that all parties must agree on."""
-        shared = {k: v for k, v in asdict(self).items() if k not in _LOCAL}
+        shared = self.shared()
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
+
+    def shared(self) -> dict[str, Any]:
+        """What all parties must agree on, as nested plain values."""
+        return {k: v for k, v in asdict(self).items() if k not in _LOCAL}
 
 
 def compose(conf_dir: Path, overrides: str | Sequence[str] = ()) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,44 @@ def identity(folder: Path, run: int) -> str:
     if not path.is_file():
         write(path, secrets.token_hex(16).encode())
     return path.read_text()
+
+
+def begin_round(folder: Path, run: int, round_: int) -> None:
+    """Keep what training is about to change, in case the round is asked for again."""
+    before, marker = folder / "state" / "before", folder / "state" / "before" / "round"
+    if _is(marker, run, round_):
+        return
+    marker.unlink(missing_ok=True)
+    for name in _changing(run):
+        _copy(folder / "state" / name, before / name)
+    write(marker, f"{run} {round_}".encode())
+
+
+def rewind(folder: Path, run: int, round_: int) -> None:
+    """Where this round was begun before, go back to what was there then: the server lost the first attempt."""
+    before = folder / "state" / "before"
+    if _is(before / "round", run, round_):
+        for name in _changing(run):
+            _copy(before / name, folder / "state" / name)
+
+
+def _changing(run: int) -> tuple[str, ...]:
+    return "adapter.safetensors", f"optimizer-{run:x}.safetensors"
+
+
+def _is(marker: Path, run: int, round_: int) -> bool:
+    return marker.is_file() and marker.read_text() == f"{run} {round_}"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Make the target what the source is: absent where that is absent."""
+    if not source.is_file():
+        target.unlink(missing_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ciphertune.errors import DataError, ModelError
 from ciphertune.lm.batches import collate, count_targets, loss_sum, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
+from ciphertune.runs import write
 from ciphertune.settings import TrainingSettings
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -148,10 +149,7 @@ def _store(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
         for key in _MOMENTS:
             if key in optimizer.state[parameter]:
                 saved[f"{name}/{key}"] = optimizer.state[parameter][key].detach().cpu().contiguous()
-    state.parent.mkdir(parents=True, exist_ok=True)
-    partial = state.with_name(f"{state.name}.partial")
-    save_file(saved, partial)
-    partial.replace(state)  # a crash leaves the old file or the new one, never half of one
+    write(state, save(saved))  # a crash leaves the old file or the new one, never half of one
 
 
 def _finite(optimizer: torch.optim.Optimizer) -> bool:
