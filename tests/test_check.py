@@ -154,7 +154,7 @@ def test_a_node_on_which_all_is_well_gets_ok_in_every_line_and_exit_status_0(
     assert found["ok"] is True and [line["name"] for line in found["lines"]] == list(NAMES)
     text = {line["name"]: line["text"] for line in found["lines"]}
     assert made.fingerprint.hex() in text["key"]
-    assert "7 to train on, 1 held out" in text["data"]
+    assert "7 texts to train on, 1 held out" in text["data"]
     assert "4 layers adapted" in text["model"]  # q_proj and v_proj of two blocks
     assert text["certificate"].endswith(f"{script().SERVER_DAYS - 1} days")
     assert "TLS verified" in text["superlink"] and text["device"] == "cpu"

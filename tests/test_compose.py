@@ -1,13 +1,14 @@
 """docker-compose.yml, really run: `make compose-test`. Slow.
 
 CIPHERTUNE_BASE and CIPHERTUNE_TORCH_INDEX say where the image comes from, where that is not a registry and PyTorch's
-own index.
+own index. COMPOSE_OVERRIDES="experiment=smoke" runs less than the default.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from conftest import ROOT
 
 PROJECT = f"ciphertune-test-{os.getpid()}"
 RANKS = {"a": 2, "b": 4, "c": 8}
+_OVERRIDES = os.environ.get("COMPOSE_OVERRIDES", "").split()
+LESS = ["ciphertune", "run", "--superlink", "lab", "federation.min_clients=3", *_OVERRIDES] if _OVERRIDES else []
 SERVERS = ("superlink", "superexec")
 PROGRAMS = (*SERVERS, *(f"supernode-{k}" for k in RANKS))
 # Prints the files, of all that this user can read, that are key files or hold the given bytes.
@@ -76,19 +79,19 @@ def inspect(service: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def federation() -> Iterator[str]:
-    """`docker compose up -d && docker compose run --rm cli`; what the run printed."""
+    """`docker compose up -d && docker compose run --rm cli`; what the run printed. Its exit status is 0."""
     if reason := _missing():
         pytest.skip(reason)
     try:
         compose("up", "-d")
-        yield compose("run", "--rm", "-T", "cli").stdout
+        yield compose("run", "--rm", "-T", "cli", *LESS).stdout
     finally:
         compose("--profile", "cli", "down", "--volumes", "--remove-orphans", check=False)
 
 
 @pytest.mark.slow
 def test_the_run_completes_and_every_client_has_an_adapter_of_its_rank_in_its_own_volume(federation: str) -> None:
-    assert "round 8/8: 3 of 3 clients" in federation
+    assert re.search(r"^round (\d+)/\1: 3 of 3 clients" if LESS else r"^round 8/8: 3 of 3 clients", federation, re.M)
     volumes = set()
     for letter, rank in RANKS.items():
         script = f"cat /data/runs/*/clients/lab-{letter}/adapter/adapter_config.json"

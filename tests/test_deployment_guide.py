@@ -40,6 +40,7 @@ class Guide:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self._stack, self.used = folder, stack, set[str]()
         self.port = free_port()
+        self.runtime = {party: free_port() for party in ("server", *LABS)}  # of the nodes
         self.proxy = free_port() if CADDY else self.port
         for party in ("server", *LABS):
             for name in ("etc", "var", "srv", "home"):
@@ -55,9 +56,10 @@ class Guide:
             ("superlink.example:8443", f"127.0.0.1:{self.proxy}"),
             ("superlink.example", "127.0.0.1"),
             ("127.0.0.1:8000", f"127.0.0.1:{self.port}"),
+            ("127.0.0.1:9094", f"127.0.0.1:{self.runtime[party]}"),
             (":8443", f":{self.proxy}"),
             ("flower-superlink ", f"flower-superlink --port {self.port} "),
-            ("flower-supernode ", f"flower-supernode --port {free_port()} "),
+            ("flower-supernode ", f"flower-supernode --port {self.runtime[party]} "),
             ("deploy/Caddyfile", f"{where}/etc/Caddyfile"),
         ):
             text = text.replace(old, new)
@@ -217,6 +219,8 @@ def test_three_labs_run_the_guide_with_tls_and_node_authentication(guide: Guide)
         return guide.run("operator", "supernode list").lower().count("online") == len(LABS)
 
     wait_for(online, guide)
+    for lab in LABS:
+        guide.run("lab", "curl", lab)
     shown = guide.run("operator", "ciphertune run")
     assert "round 2/2: 3 of 3 clients" in shown, shown + guide.logs()
     (folder,) = (server / "var/runs").iterdir()
@@ -230,26 +234,31 @@ def test_three_labs_run_the_guide_with_tls_and_node_authentication(guide: Guide)
     assert not [p for p in server.rglob("*") if p.is_file() and material in p.read_bytes()]
 
     guide.run("operator", "flwr run . lab")
-    listed = runs(guide)
+    listed = listing(guide, "list", "lab")["runs"]
     assert "finished:completed" in [run["status"] for run in listed]
     (number,) = [run["run-id"] for run in listed if run["status"] != "finished:completed"]
     time.sleep(10)  # so that there is something to see
     shown = guide.run("operator", "flwr stop", RUN=str(number))
     assert "Started" in shown or "ciphertune" in shown
-    assert {run["run-id"]: run["status"] for run in runs(guide)}[number] == "finished:stopped"
+    assert {run["run-id"]: run["status"] for run in listing(guide, "list", "lab")["runs"]}[number] == "finished:stopped"
+    nodes = listing(guide, "supernode", "list", "lab")["nodes"]
+    guide.run("operator", "unregister", ID=str(nodes[0]["node-id"]))
+    left = listing(guide, "supernode", "list", "lab")["nodes"]
+    assert {node["node-id"] for node in left if node["status"] == "online"} == {node["node-id"] for node in nodes[1:]}
     assert guide.used == {text for _, text in BLOCKS}
 
 
-def runs(guide: Guide) -> list[dict[str, str]]:
+def listing(guide: Guide, *words: str) -> dict[str, list[dict[str, str]]]:
+    """What one of Flower's commands prints as JSON."""
     done = subprocess.run(
-        ["flwr", "list", "lab", "--format", "json"],
+        ["flwr", *words, "--format", "json"],
         cwd=guide.folder,
         env=guide.environment("server"),
         capture_output=True,
         text=True,
         check=True,
     )
-    found: list[dict[str, str]] = json.loads(done.stdout)["runs"]
+    found: dict[str, list[dict[str, str]]] = json.loads(done.stdout)
     return found
 
 

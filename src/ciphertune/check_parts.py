@@ -41,15 +41,19 @@ class Node:
         return model_shapes(settings, len(self.settings.data.labels), [self.own.rank])
 
     @cached_property
-    def examples(self) -> tuple[str, int, int]:
-        """A name for the text, how many lines there are to train on, and how many are held out. Raises DataError."""
+    def texts(self) -> tuple[str, int, int, int]:
+        """A name for the data, how many texts there are to train on, how many are held out, and the characters of all.
+
+        A long text gives several examples. Raises DataError.
+        """
         from ciphertune.lm.data import client_lines
 
         part = self.own.part(self.settings.data)
         name, train, heldout = client_lines(
             self.settings.data, self.settings.model, client=part, clients=self.own.clients, path=self.own.data_path
         )
-        return name, len(train), len(heldout)
+        characters = sum(len(piece) for line in (*train, *heldout) for piece in (line.text, *(line.prompt or ())))
+        return name, len(train), len(heldout), characters
 
 
 def key(node: Node) -> str:
@@ -73,10 +77,10 @@ def key(node: Node) -> str:
 
 def data(node: Node) -> str:
     """The text: readable, every line as the task wants it, and how much there is."""
-    name, train, heldout = node.examples
+    name, train, heldout, _ = node.texts
     if not train:
         raise DataError(f"{name}: no example is left to train on: add some, or lower data.heldout_fraction")
-    return f"{name}: {train} to train on, {heldout} held out"
+    return f"{name}: {train} texts to train on, {heldout} held out"
 
 
 def model(node: Node) -> str:
