@@ -1,6 +1,6 @@
 """Take the picture of a run's page for the README, in headless Chromium: `pip install playwright`.
 
-ciphertune run name=demo && CHROMIUM=/path/to/chromium python scripts/report_picture.py runs/demo docs/report.png
+ciphertune run name=sealed && CHROMIUM=/path/to/chromium python scripts/report_picture.py runs/sealed docs/report.png
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from pages import check_harmless
 from processes import BIN, connection, free_port, start, started, superlink
 from tiny import SENTENCES, write_lines
 
@@ -49,6 +50,8 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     assert summary["status"] == "completed" and (summary["encrypted_fraction"] == 1.0) == (method == "sealed")
     assert summary["encrypted_fraction"] > 0.1
     assert {n: v["rank"] for n, v in summary["nodes"].items()} == {"lab-a": 4, "lab-b": 8}
+    page = check_harmless((tmp_path / "server/runs/two-labs/report.html").read_text())
+    assert "The server has no adapter and cannot make one." in page.text and "lab-b" in page.texts
     for name in ("lab-a", "lab-b"):
         assert (tmp_path / name / f"two-labs/clients/{name}/adapter/adapter_model.safetensors").is_file()
     server = [p for p in (tmp_path / "server").rglob("*") if p.is_file()]

@@ -95,6 +95,17 @@ def test_the_writer_does_not_load_torch(tmp_path: Path) -> None:
     assert read(tmp_path) == {"loss/_mean": {0: 1.5}}
 
 
+def test_a_round_is_on_the_disk_when_it_is_over(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from ciphertune.events import Events
+
+    events = Events(tmp_path)  # never finished: the process may be ended at any time
+    for round_ in range(2):
+        events.line(round_, "update", "a", {"bytes_up": 7})
+        events.line(round_, "round", "server", {"seconds": 1.5})
+    assert read(tmp_path) == {"bytes_up/a": {0: 7.0, 1: 7.0}, "seconds/round/server": {0: 1.5, 1: 1.5}}
+
+
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which the library is not installed."""

@@ -107,6 +107,8 @@ def test_the_page_fits_its_window_and_everything_can_be_read(
 ) -> None:
     page = opened(name, width=WIDTHS[width], scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
+    for panel in page.locator("figure, .first > .panel, pre").all():  # squeezed would fit as well
+        assert panel.bounding_box()["width"] > min(300, 0.8 * WIDTHS[width])
     ratios = page.evaluate(CONTRAST)
     assert len(ratios) > 5 and {k: v for k, v in ratios.items() if v < 4.5} == {}
     folder = request.config.getoption("--screenshots")
