@@ -108,7 +108,7 @@ class EncryptedLora(Strategy):
                 if not left:
                     raise
                 say(f"{error}; it is begun again")
-                self.folder.cut(round_)
+                self.folder.cut(round_, but="negotiation")  # which may stand
         raise AssertionError
 
     def fail(self, error: BaseException, seconds: float) -> None:
@@ -254,6 +254,7 @@ class EncryptedLora(Strategy):
 
     def stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Replies as they come, for at most `timeout` seconds; `_asked` says whose each one is."""
+        self._asked.clear()  # nobody answers earlier messages any more
         for index, reply in exchange(grid, list(messages), timeout):
             self._asked[reply.metadata.reply_to_message_id] = self._chosen[index]
             yield reply

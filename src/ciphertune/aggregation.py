@@ -123,7 +123,7 @@ def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.
 def too_few(round_: int, found: int, minimum: int) -> TooFewError:
     """Why an aggregate is not released."""
     return TooFewError(
-        f"round {round_}: {found} usable updates, fewer than federation.min_contributors="
+        f"round {round_ + 1}: {found} usable updates, fewer than federation.min_contributors="
         f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
     )
 
