@@ -89,7 +89,7 @@ def test_neither_memory_nor_state_grow_with_the_rounds(tmp_path: Path, monkeypat
         tracemalloc.stop()
     assert len(used) == ROUNDS
     early, late = (sorted(used[at : at + 20])[10] for at in (20, 60))
-    assert late - early < 40 * 500  # 500 bytes per round: Flower's own record of it
+    assert late - early < 40 * 1000  # an aggregate has more; what Flower notes of a round and the ledger, half of it
     server = tmp_path / "long/server"
     assert len(list(server.glob("state_*"))) == 2 and len(list(server.glob("plan-*"))) == 1
     sizes = [p.stat().st_size for p in server.glob("state_*")]
