@@ -221,10 +221,53 @@ def scale_table(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def large_message_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/large_message.py."""
+    rows = [
+        "| exchange | up per client | down per client | client's own work | in transit | largest error |",
+        "|---|" * 6,
+    ]
+    rows[1] = "|" + "---|" * 6
+    names = ("first round (B)", "second round (A)", "last look")
+    for name, r in zip(names, found["exchanges"], strict=True):
+        error = f"{r['largest_error']:.0e}" if "largest_error" in r else "-"
+        sizes = " | ".join(f"{r[w] / 1e6:.1f} MB" for w in ("bytes_up", "bytes_down"))
+        rows.append(f"| {name} | {sizes} | {r['client_seconds']:.0f} s | {r['transit_seconds']:.0f} s | {error} |")
+    peaks = ", ".join(f"{kind} {value:,.0f} MiB" for kind, value in found["peak_mib"].items())
+    about = found["about"]
+    return [
+        *rows,
+        "",
+        f"{about['model']}, rank {about['rank']}, {about['clients']} clients. Largest resident sets: {peaks}.",
+    ]
+
+
+def load_table(found: dict[str, Any]) -> list[str]:
+    """benchmarks/load.py: every fourth round."""
+    about, ends = found["about"], found["rounds"]
+    shown = [r for r in ends if r["round"] in {1, len(ends)} or r["round"] % 5 == 0]
+    head = " | ".join(f"round {r['round']}" for r in shown)
+    rows = [f"| | {head} |", "|" + "---|" * (1 + len(shown))]
+    rows.append("| server's resident set | " + " | ".join(f"{r['server_mib']:,.0f} MiB" for r in shown) + " |")
+    rows.append("| seconds | " + " | ".join(f"{r['seconds']:.0f}" for r in shown) + " |")
+    growth = found["growth_mib_per_round"]
+    ranks = ", ".join(map(str, about["ranks"]))
+    return [
+        *rows,
+        "",
+        f"{about['clients']} simulated clients of ranks {ranks} on {about['cpus']} processors, {about['fraction']:.0%} "
+        f"asked per round, {found['different_clients']} different ones in all. Growth over the second half: "
+        f"{growth:+.2f} MiB per round. What the server keeps on disk to resume: {found['state_bytes'] / 1e3:.0f} kB "
+        "beside the aggregates.",
+    ]
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "round": round_table,
     "crypto": crypto_table,
     "scale": scale_table,
+    "large_message": large_message_table,
+    "load": load_table,
     "fedshield": fedshield_table,
     "she_lora_accuracy": she_lora_accuracy_table,
     "default": default_table,

@@ -110,7 +110,7 @@ class EncryptedLora(Strategy):
                 if not left:
                     raise
                 say(f"{error}; it is begun again")
-                self.folder.cut(round_)
+                self.folder.cut(round_, but="negotiation")  # which may stand
         raise AssertionError
 
     def fail(self, error: BaseException, seconds: float) -> None:
@@ -256,6 +256,7 @@ class EncryptedLora(Strategy):
 
     def stream(self, grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
         """Replies as they come, for at most `timeout` seconds; `_asked` says whose each one is."""
+        self._asked.clear()  # nobody answers earlier messages any more
         messages = list(messages)
         most = [self._most(m, member) for m, member in zip(messages, self._chosen, strict=True)]
         for index, reply in exchange(grid, messages, timeout, most):

@@ -6,12 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import IO, Any
 
+import psutil
 import pytest
 
 BIN = Path(sys.executable).parent
@@ -43,18 +46,55 @@ def started(tmp_path: Path) -> Iterator[tuple[ExitStack, dict[str, str]]]:
 
 
 def start(stack: ExitStack, environment: dict[str, str], log: Path, *words: str) -> subprocess.Popen[bytes]:
-    file = stack.enter_context(log.open("ab"))
-    process = subprocess.Popen(words, env=environment, cwd=log.parent, stdout=file, stderr=file)
+    """A process whose words go to `log`, through this one: what limits its files does not limit what it says."""
+    process = subprocess.Popen(words, env=environment, cwd=log.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    log.touch()
+
+    def keep(stream: IO[bytes]) -> None:
+        with log.open("ab", buffering=0) as file:
+            while data := os.read(stream.fileno(), 1 << 16):
+                file.write(data)
+
+    threading.Thread(target=keep, args=(process.stdout,), daemon=True).start()
 
     def end() -> None:
         process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill(process)
 
     stack.callback(end)
     return process
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """What a power cut does to a machine: the process and all that descend from it are gone at once."""
+    family = []
+    with suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(20)
+
+
+def supernode(
+    stack: ExitStack, environment: dict[str, str], log: Path, port: int, config: str
+) -> subprocess.Popen[bytes]:
+    """A SuperNode of the SuperLink on `port`."""
+    words = ("--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)
+    return start(stack, environment, log, "flower-supernode", *words)
+
+
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 300.0) -> None:
+    """Look again and again; fails when it never becomes true."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s: no {what}"
+        time.sleep(0.05)
 
 
 def superlink(

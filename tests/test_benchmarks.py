@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,28 @@ def test_rounds_of_real_messages_are_compared_with_fedavg(tmp_path: Path, monkey
     assert all(set(aim) == AIM for aim in found["aims"])
     (missed,) = [aim for aim in found["aims"] if aim["name"].startswith("sealed-seed0")]
     assert (missed["wanted"], missed["met"]) == (0.05, False)
+
+
+def test_the_growth_of_the_servers_memory_is_the_slope_over_the_second_half_of_the_rounds(tmp_path: Path) -> None:
+    report = runpy.run_path(str(BENCHMARKS / "load.py"))["report"]
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server/state_0009.json").write_text("{}")
+    lines = [{"round": r, "stage": "round", "node": "server", "seconds": 1.0, "contributors": 2} for r in range(10)]
+    lines += [{"round": r, "stage": "update", "node": f"c{r % 3}", "bytes_up": 5} for r in range(10)]
+    (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report(tmp_path, [100.0, *(200.0 + 10 * r for r in range(5)), *(300.0 + 2 * r for r in range(5)), 999.0])
+    assert [r["server_mib"] for r in found["rounds"]][::9] == [200.0, 308.0]
+    assert found["growth_mib_per_round"] == pytest.approx(2.0)  # neither the warming up nor the end count
+    assert (found["before_mib"], found["after_mib"], found["different_clients"]) == (100.0, 999.0, 3)
+    assert not found["aim"]["met"] and found["aim"]["found"] == pytest.approx(2 / 308, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sealed_message_of_100_mb_arrives_as_it_was_sent_over_a_superlink(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / "large_message.py"), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    first, second, last = json.loads(out.read_text())["exchanges"]
+    assert min(first["bytes_up"], second["bytes_up"], second["bytes_down"], last["bytes_down"]) > 10**8
+    assert max(second["largest_error"], last["largest_error"]) < 1e-6  # of the mean in float64

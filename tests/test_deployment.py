@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from pages import check_harmless
-from processes import BIN, connection, free_port, start, started, superlink
+from processes import BIN, connection, free_port, started, superlink, supernode
 from tiny import SENTENCES, write_lines
 
 __all__ = ["started"]  # a fixture
@@ -32,8 +32,7 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
         config = f'name="{name}" rank={rank} data-path="{data}" key-file="{key}" run-dir="{tmp_path / name}"'
         if method == "she_lora":  # it sends some of A in the clear, which a node must be told to do
             config += " allow-clear=true " + ("budget=0.1" if rank == 4 else "seconds-per-round=20 upstream=1000000")
-        start(stack, environment, tmp_path / f"{name}.log", "flower-supernode", "--insecure", "--superlink",
-              f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)  # fmt: skip
+        supernode(stack, environment, tmp_path / f"{name}.log", port, config)
     connection(environment, "lab", port)
     overrides = [
         f"method={method}", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl",

@@ -14,7 +14,7 @@ from flwr.app import Message
 from grid import simulated
 from safetensors.numpy import load_file
 
-from ciphertune import client, flower
+from ciphertune import flower, release
 from ciphertune.adapter import Adapter
 from ciphertune.errors import FederationError
 from ciphertune.privacy import epsilon, noise_multiplier, protect
@@ -104,7 +104,7 @@ def test_a_server_that_states_fewer_rounds_does_not_get_less_noise(lab: Lab, mon
         values, payload = flower.unpack(message.content)
         message.content = flower.pack({**values, "rounds": 1}, payload)
 
-    monkeypatch.setattr(client, "protect", spied)
+    monkeypatch.setattr(release, "protect", spied)
     clients = "federation.clients='[{rank:4},{rank:4}]' federation.min_clients=2"
     with suppress(FederationError):  # refusing such a task would do as well
         lab(f"method=dp_lora method.epsilon=20 {clients}", nodes=simulated(2), outgoing=("train", fewer))
@@ -137,7 +137,7 @@ def test_what_a_client_keeps_to_itself_does_not_shrink_what_it_sends(lab: Lab, m
         norms[update.rank] = math.sqrt(sum(float(np.square(x).sum()) for x in travels))
         return found
 
-    monkeypatch.setattr(client, "protect", spied)
+    monkeypatch.setattr(release, "protect", spied)
     more = "method=dp_lora method.clip=0.1 method.noise_multiplier=0.001 federation.rounds=1"
     lab(f"{more} federation.clients='[{{rank:2}},{{rank:8}}]' federation.min_clients=2", nodes=simulated(2))
     assert norms[2] == pytest.approx(0.1, rel=0.01)

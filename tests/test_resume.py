@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -340,3 +341,56 @@ def test_ciphertune_run_says_what_is_wrong_with_a_run_to_resume_before_anything_
         assert main(["run", "--app", str(ROOT), "--runs-dir", str(tmp_path), *words]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and reason in err
+
+
+@pytest.mark.parametrize("method", ["sealed crypto=clear", "she_lora crypto=clear method.renegotiate_every=1"])
+def test_a_round_with_too_few_usable_updates_is_begun_again_as_if_it_had_not_been(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    failures = {(node, "1"): 1 for node in (100, 101, 103)}
+
+    def tamper(reply: Message, source: int) -> Message:
+        at = (source, reply.metadata.group_id)
+        if reply.metadata.message_type == "train" and failures.get(at):
+            failures[at] -= 1
+            values = flower.unpack(reply.content)[0]
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": values.get("name", "")})
+        return reply
+
+    words = f"{FOUR} method={method}"
+    run = lab(words, tamper=tamper)
+    text = said(capsys)
+    assert "round 2: 1 usable updates, fewer than federation.min_contributors=2" in text and "it is begun again" in text
+    assert "round 2/4: 4 of 4 clients" in text
+    assert [(x["round"], x["node"]) for x in updates(run)] == [(r, f"client-{k}") for r in range(4) for k in range(4)]
+    assert '"client-2"' in (run / "interrupted.jsonl").read_text()
+    lab.runs = tmp_path / "never"
+    assert same(run, lab(words))
+
+
+def test_a_client_whose_disk_is_full_says_so_in_one_line_and_comes_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        if "client-1" in path.parts and "before" in path.parts and len(left) < 2:
+            left.append(path)
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(path, data)
+
+    left: list[Path] = []
+    original = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", full)
+    nodes: dict[int, dict[str, Any]] = {
+        k: {"name": f"client-{k}", "rank": 4, "data-path": f"{lab.folder}/lab-{k}.jsonl", "allow-clear": True}
+        | {"run-dir": str(lab.folder / "own")}
+        for k in range(3)
+    }
+    run = lab("method=fedavg federation.min_clients=3 federation.rounds=4", nodes=nodes)
+    lines = said(capsys).splitlines()
+    own = [x for x in lines if "| client-1:" in x]
+    assert len(own) == 2 and all("cannot read or write its files" in x and "No space left on device" in x for x in own)
+    assert [x for x in lines if "left out client-1: OSError: see its own log" in x]
+    assert "Traceback" not in "".join(lines)
+    assert [x["round"] for x in updates(run) if x["node"] == "client-1"][-2:] == [2, 3]
+    assert not [p for p in left if p.exists()]  # nor is half a file left

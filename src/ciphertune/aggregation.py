@@ -140,7 +140,7 @@ def check_norm(parts: Sequence[npt.NDArray[np.float64]], session: wire.Session) 
 def too_few(round_: int, found: int, minimum: int) -> TooFewError:
     """Why an aggregate is not released."""
     return TooFewError(
-        f"round {round_}: {found} usable updates, fewer than federation.min_contributors="
+        f"round {round_ + 1}: {found} usable updates, fewer than federation.min_contributors="
         f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
     )
 

@@ -83,14 +83,15 @@ class ServerFolder:
         write_json(self.path / "server" / f"state_{round_:04d}.json", values)
         (self.path / "server" / f"state_{round_ - 2:04d}.json").unlink(missing_ok=True)
 
-    def cut(self, round_: int) -> None:
-        """Move the lines of this round and later ones out of rounds.jsonl: what was cut off is done again."""
+    def cut(self, round_: int, *, but: str = "") -> None:
+        """Move the lines of this round and later ones, but of one stage, out of rounds.jsonl: they are done again."""
         path = self.path / "rounds.jsonl"
         kept: list[str] = []
         off: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
-                (kept if json.loads(line)["round"] < round_ else off).append(line + "\n")
+                found = json.loads(line)
+                (kept if found["round"] < round_ or found["stage"] == but else off).append(line + "\n")
             except (ValueError, KeyError, TypeError):  # its writer was ended in the middle of it
                 off.append(line + "\n")
         with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:

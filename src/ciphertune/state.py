@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +68,10 @@ def _is(marker: Path, run: int, round_: int) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     """Make the target what the source is: absent where that is absent."""
-    if not source.is_file():
+    if source.is_file():
+        write(target, source.read_bytes())
+    else:
         target.unlink(missing_ok=True)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
 
 
 def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:
