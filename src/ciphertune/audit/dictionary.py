@@ -8,7 +8,7 @@ value of the first block, and the place does not matter; of BERT the same, and i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class Dictionary:
     tokens: npt.NDArray[np.int64]  # (V,) candidate token ids
     places: int  # 1 where the place does not matter
     width: int  # n
+    kept: dict[bytes, object] = field(default_factory=dict)  # what one look through it found that others can use
 
     def rows(self, place: int, which: npt.NDArray[np.int64] | None = None) -> Rows:
         """What the layers read for each candidate token, or those of the given indices, at a place, (count, n)."""

@@ -24,6 +24,7 @@ class Block:
 
     combinations: Matrix
     seen: Callable[[Floats], Floats]  # (rows, n) -> (rows, c)
+    name: bytes = b""  # equal for blocks that see the same of a row; empty: not to be compared
 
 
 def span_distances(combinations: Matrix, rows: Floats) -> npt.NDArray[np.float64]:
@@ -34,21 +35,26 @@ def span_distances(combinations: Matrix, rows: Floats) -> npt.NDArray[np.float64
     return np.asarray(np.sqrt(np.clip(1 - inside / norms, 0, 1)))
 
 
-def screen(blocks: Sequence[Block], moments: Sequence[Matrix], rows: Floats) -> npt.NDArray[np.float64]:
-    """How much more of the combinations a candidate explains than a typical one would, (rows,).
+def explained(blocks: Sequence[Block], moments: Sequence[Matrix], rows: Floats) -> npt.NDArray[np.float64]:
+    """How much of the combinations each candidate explains, (rows,). Divide by `typical` to compare candidates.
 
     moments: per block, the second moment (c, c) of the whole dictionary, so that what all rows share counts little.
     """
-    gain, expected = np.zeros(len(rows)), np.zeros(len(rows))
+    gain = np.zeros(len(rows))
     for block, moment in zip(blocks, moments, strict=True):
         factor = np.linalg.cholesky(moment)
         u, s, _ = np.linalg.svd(np.linalg.solve(factor, block.combinations.T), full_matrices=False)
         flat = np.linalg.solve(factor.T, u[:, s > 1e-4 * s[0]]) if s.size and s[0] > 0 else np.zeros((len(factor), 0))
         d = block.seen(rows)
         gain += ((d @ flat.astype(d.dtype)).astype(np.float64) ** 2).sum(1)
-        white = np.linalg.inv(factor).T
-        expected += ((d @ white.astype(d.dtype)).astype(np.float64) ** 2).sum(1)
-    return np.asarray(gain / np.maximum(expected, 1e-30))
+    return gain
+
+
+def typical(block: Block, moment: Matrix, rows: Floats) -> npt.NDArray[np.float64]:
+    """The size of each candidate where what all rows share counts little, (rows,). Does not depend on combinations."""
+    d = block.seen(rows)
+    white = np.linalg.inv(np.linalg.cholesky(moment)).T
+    return np.asarray(((d @ white.astype(d.dtype)).astype(np.float64) ** 2).sum(1))
 
 
 def second_moment(block: Block, rows: Floats) -> Matrix:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ciphertune.audit.dictionary import Dictionary
-from ciphertune.audit.pursuit import Block, screen, second_moment, span_distances, sparse
+from ciphertune.audit.dictionary import Dictionary, Rows
+from ciphertune.audit.pursuit import Block, Matrix, explained, second_moment, span_distances, sparse, typical
 
 _CANDIDATES = 4000
 _SAMPLE = 1000  # rows of each place that the dictionary's second moment is taken from
-_LEFT_OUT = 0.005  # share of the variance that the weakest tokens hold, which are left out
+_LEFT_OUT = 5e-4  # share of the variance that the weakest tokens hold, which are left out
 _MOST = 256  # tokens that an attack names
 
 
@@ -68,12 +68,11 @@ def _candidates(
             np.concatenate([t for _, t, _ in every]),
             np.concatenate([r for _, _, r in every]),
         )
-    generator = np.random.default_rng(0)
-    sample = np.concatenate([words.sample(place, _SAMPLE, generator) for place in range(words.places)])
-    moments = [second_moment(block, sample) for block in blocks]
+    known = [_shared(block, words) for block in blocks]
     scores, where, which = [], [], []
     for place, rows in words.all_rows():
-        found = screen(blocks, moments, rows)
+        size = sum(_sizes(block, found, place, rows) for block, found in zip(blocks, known, strict=True))
+        found = explained(blocks, [x.moment for x in known], rows) / np.maximum(size, 1e-30)
         best = np.argsort(-found)[:_CANDIDATES]
         scores.append(found[best])
         where.append(np.full(best.size, place))
@@ -86,6 +85,33 @@ def _candidates(
         here = places == place
         rows[here] = words.rows(int(place), indices[here])
     return places, words.tokens[indices], rows
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What looks through one dictionary have in common: its second moment, and the sizes of its rows."""
+
+    moment: Matrix
+    sizes: dict[int, np.ndarray]  # by place
+
+
+def _shared(block: Block, words: Dictionary) -> _Shared:
+    found = words.kept.get(block.name) if block.name else None
+    if found is None:
+        generator = np.random.default_rng(0)
+        sample = np.concatenate([words.sample(place, _SAMPLE, generator) for place in range(words.places)])
+        found = _Shared(second_moment(block, sample), {})
+        if block.name:
+            words.kept[block.name] = found
+    assert isinstance(found, _Shared)
+    return found
+
+
+def _sizes(block: Block, known: _Shared, place: int, rows: Rows) -> np.ndarray:
+    found = known.sizes.get(place)
+    if found is None:
+        found = known.sizes[place] = typical(block, known.moment, rows)
+    return found
 
 
 def _ordered(places: np.ndarray, tokens: np.ndarray, weight: np.ndarray, left_out: float = _LEFT_OUT) -> Recovered:

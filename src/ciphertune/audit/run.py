@@ -26,15 +26,21 @@ Tick = Callable[[float, str], None]  # share done, what is being done
 
 
 def audit(
-    folder: Path, *, clients: Path | None = None, max_recall: float | None = None, tick: Tick = lambda _, __: None
+    folder: Path,
+    *,
+    clients: Path | None = None,
+    max_recall: float | None = None,
+    node: str = "",
+    tick: Tick = lambda _, __: None,
 ) -> Report:
     """Attack `server_view/` of a run folder, and the finished adapter where there is one.
 
-    clients: the clients' folders, which only the scoring reads; by default the run's own. Raises CiphertuneError.
+    clients: the clients' folders, which only the scoring reads; by default the run's own.  node: attack this client
+    only. Raises CiphertuneError.
     """
     found = read_view(folder)
     auditor = Auditor(found, clients or folder / "clients", tick)
-    rows = list(auditor.rows())
+    rows = list(auditor.rows(node))
     return judge(found, rows, auditor.membership(), metadata.facts(found), max_recall)
 
 
@@ -44,17 +50,18 @@ class Auditor:
     def __init__(self, view: View, clients: Path, tick: Tick) -> None:
         self.view, self.clients, self.tick = view, clients, tick
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, node: str = "") -> Iterator[Row]:
         """Every attack on every update, and on all updates of a client together."""
         together: dict[tuple[str, str, str], list[tuple[Recovered, list[Text]]]] = defaultdict(list)
-        for number, one in enumerate(self.view.seen):
-            self.tick(number / len(self.view.seen), f"round {one.round + 1}, {one.node}")
+        chosen = [s for s in self.view.seen if node in ("", s.node)]
+        for number, one in enumerate(chosen):
+            self.tick(number / len(chosen), f"round {one.round + 1}, {one.node}")
             texts = self._texts(one)
             for attempt in self._attempts(one):
                 yield self._row(one, attempt, self._score(one, attempt.found, texts), one.round)
                 together[one.node, attempt.name, attempt.form].append((attempt.found, texts))
-        for (node, name, form), found in together.items():
-            one = next(s for s in self.view.seen if s.node == node)
+        for (who, name, form), found in together.items():
+            one = next(s for s in chosen if s.node == who)
             if len(found) > 1 and any(f.tokens for f, _ in found):
                 every = Recovered(tuple(dict.fromkeys(t for f, _ in found for t in f.tokens)))
                 score = self._score(one, every, [t for _, texts in found for t in texts])

@@ -49,12 +49,13 @@ def blocks(seen: list[Moved]) -> list[Block]:
 
 def _block(group: list[Moved]) -> Block:
     which, projection = group[0].columns, group[0].projection
+    name = b"a " + which.tobytes() if projection is None else b""
 
     def shown(rows: Floats) -> Floats:
         found = rows[:, which]
         return found if projection is None else found @ projection.astype(found.dtype)
 
-    return Block(np.concatenate([m.a for m in group if m.a is not None]), shown)
+    return Block(np.concatenate([m.a for m in group if m.a is not None]), shown, name)
 
 
 def _in_place(layer: Moved, width: int) -> Matrix:
