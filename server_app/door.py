@@ -19,6 +19,8 @@ from server_app.mail import exchange, open_reply, say
 
 # A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
 _GREETING_SECONDS = 180.0
+# Flower's grid between machines. There a node that says it is simulated could end the run: nobody waits in simulation.
+_DEPLOYED = "HttpGrid"
 _MOST_TEXT = 1 << 22  # characters of a greeting: it names every layer
 
 
@@ -136,7 +138,7 @@ class Door:
             name = f"node {node % (1 << 32):08x}"
             try:
                 values = {} if reply.has_error() else flower.unpack(reply.content, most=_MOST_TEXT)[0]
-                simulated.append(values.get("simulated") is True)
+                simulated.append(values.get("simulated") is True and type(grid).__name__ != _DEPLOYED)
                 name = str(values["name"])[:64] if isinstance(values.get("name"), str) else name
                 hellos.append(parse_hello(open_reply(reply, most=_MOST_TEXT)[0], node, client))
             except CiphertuneError as error:

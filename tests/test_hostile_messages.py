@@ -42,6 +42,7 @@ from ciphertune.settings import compose
 from ciphertune.state import identity
 from server_app import mail
 from server_app.conduct import Conduct, check_enough
+from server_app.door import Door
 from tests.messages import parties
 from tests.oracle import BODY, PRODUCT, adapter_of, forge, plan_of, with_body
 from tests.test_federation import SETTINGS, hello
@@ -385,6 +386,35 @@ def test_a_greeting_of_nonsense_under_another_labs_name_counts_against_nobody(
     text = said(capsys)
     assert "left out lab-1: the client's greeting is not readable" in text
     assert "round 3/3: 4 of 4 clients" in text and "excluded" not in summary(run)
+
+
+class HttpGrid(LocalGrid):
+    """What Flower calls the grid between machines."""
+
+
+class Waited(Exception):
+    """Instead of a pause before the next look."""
+
+
+@pytest.mark.parametrize(("kind", "outcome"), [(HttpGrid, Waited), (LocalGrid, FederationError)])
+def test_a_node_that_claims_to_be_simulated_does_not_keep_a_deployment_from_waiting_for_the_others(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LocalGrid], outcome: type[Exception]
+) -> None:
+    def claim(reply: Message, source: int) -> Message:
+        values, sent = flower.unpack(reply.content)
+        reply.content = flower.pack(values | {"simulated": True}, sent)
+        return reply
+
+    def sleep(seconds: float) -> None:
+        raise Waited
+
+    overrides = f"{lab.base} method=fedavg federation.min_clients=3 'federation.clients=[{{rank:4}}]'"
+    config = {"overrides": overrides, "num-server-rounds": 0, "runs-dir": str(lab.runs)}
+    settings = compose(CONF, overrides)
+    grid = kind(named(tmp_path, 1), config, claim)
+    monkeypatch.setattr("server_app.door.time.sleep", sleep)
+    with pytest.raises(outcome):
+        Door(settings, Federation(settings, 4242)).gather(grid)
 
 
 # ------------------------------------------------------------------------------------------- the parts, one by one

@@ -237,6 +237,7 @@ def test_every_field_of_a_session_tells_messages_apart_or_is_in_the_settings_dig
     assert {f.name for f in fields(Session)} == {
         *("plan", "settings_digest", "key_fingerprint", "public", "clear", "run"),
         "bound",  # crypto.bound, digested with the settings
+        "max_norm",  # federation.max_norm, too
     }
 
 
