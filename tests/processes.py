@@ -89,7 +89,7 @@ def supernode(
     return start(stack, environment, log, "flower-supernode", *words)
 
 
-def wait_until(true: Callable[[], Any], what: str, seconds: float = 300.0) -> None:
+def wait_until(true: Callable[[], Any], what: str, seconds: float = 900.0) -> None:
     """Look again and again; fails when it never becomes true."""
     deadline = time.monotonic() + seconds
     while not true():
