@@ -7,8 +7,10 @@ taken when all that it says has the right type, and named when it is left out; o
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +43,17 @@ class Run:
 
     def at(self, round_: int | None = None, stage: str | None = None) -> list[Mapping[str, Any]]:
         """The lines of a round, of a stage, or both."""
-        return [
-            x for x in self.lines if (round_ is None or x["round"] == round_) and (stage is None or x["stage"] == stage)
-        ]
+        lines = self.lines if round_ is None else self._by_round.get(round_, [])
+        return [x for x in lines if stage is None or x["stage"] == stage]
 
-    @property
+    @cached_property
+    def _by_round(self) -> Mapping[int, list[Mapping[str, Any]]]:
+        found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+        for line in self.lines:
+            found[line["round"]].append(line)
+        return found
+
+    @cached_property
     def rounds(self) -> list[int]:
         """Rounds in which something was trained, ascending."""
         return sorted({x["round"] for x in self.lines if x["stage"] in ("update", "aggregate", "round")})
