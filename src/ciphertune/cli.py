@@ -1,4 +1,4 @@
-"""The command line: `ciphertune run`, `ciphertune plan`, `ciphertune compare`, `ciphertune keys`."""
+"""The command line: `ciphertune run`, `plan`, `compare`, `audit`, `view`, `keys`."""
 
 from __future__ import annotations
 
