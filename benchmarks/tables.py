@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import privacy_page
 import results_page
 
 ROOT = Path(__file__).parents[1]
@@ -305,6 +306,9 @@ def main() -> int:
             path.write_text(made, encoding="utf-8")
     if not results_page.write(ROOT / "docs/results.md", check=check) and check:
         print("docs/results.md differs from benchmarks/results/grid: run python benchmarks/tables.py", file=sys.stderr)
+        status = 1
+    if not privacy_page.write(ROOT / "docs/privacy.md", check=check) and check:
+        print("docs/privacy.md differs from benchmarks/results: run python benchmarks/tables.py", file=sys.stderr)
         status = 1
     return status
 

@@ -15,7 +15,7 @@ from ciphertune.audit import b_factor, membership, recovery, span
 from ciphertune.audit.attack import Target
 from ciphertune.audit.dictionary import dictionary
 from ciphertune.audit.known import Moved
-from ciphertune.audit.pursuit import Block, span_distances, sparse
+from ciphertune.audit.pursuit import Block, Common, span_distances, sparse
 from ciphertune.audit.truth import Scorer
 from ciphertune.lm import model as lm_model
 from ciphertune.settings import ModelSettings
@@ -29,7 +29,7 @@ class Words:
     def __init__(self, places: int = 1, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)
         self.tokens, self.places, self.width = np.arange(1000, 1000 + VOCABULARY), places, WIDTH
-        self.kept: dict[bytes, object] = {}
+        self.kept: dict[bytes, Common] = {}
         tokens, where = generator.normal(size=(VOCABULARY, WIDTH)), generator.normal(size=(places, WIDTH))
         self._rows = 3 + tokens[None] + 0.5 * where[:, None]
 

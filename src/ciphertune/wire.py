@@ -242,3 +242,25 @@ def _parameters(session: Session) -> bytes:
 def _same(found: bytes, wanted: bytes, error: type[Exception], what: str, remedy: str = "") -> None:
     if found != wanted:
         raise error(f"the message was made under another {what}: it has {found.hex()}, here is {wanted.hex()}{remedy}")
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What an update or aggregate says of itself, unchecked."""
+
+    kind: int
+    key_fingerprint: bytes
+    plan: bytes  # its digest
+    run: int
+    round: int
+    sender: int
+    rank: int
+    tier: int  # of the first contributor
+
+
+def heading(data: bytes) -> Heading:
+    """Read the beginning of a message; only `decode` says whether it holds. Raises FormatError for too few bytes."""
+    if len(data) < _HEAD.size + _CONTRIBUTOR.size:
+        raise FormatError(f"{len(data)} bytes are too few for a message")
+    _, kind, _, _, key, plan, _, run, round_, sender, rank, _, _ = _HEAD.unpack_from(data)
+    return Heading(kind, key, plan, run, round_, sender, rank, _CONTRIBUTOR.unpack_from(data, _HEAD.size)[1])

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ciphertune.audit.pursuit import Common
 from ciphertune.errors import ModelError
 from ciphertune.lm.batches import _autocast
 from ciphertune.lm.model import LoraModel
@@ -40,7 +41,7 @@ class Dictionary:
     tokens: npt.NDArray[np.int64]  # (V,) candidate token ids
     places: int  # 1 where the place does not matter
     width: int  # n
-    kept: dict[bytes, object] = field(default_factory=dict)  # what one look through it found that others can use
+    kept: dict[bytes, Common] = field(default_factory=dict)  # by the name of what sees the rows
 
     def rows(self, place: int, which: npt.NDArray[np.int64] | None = None) -> Rows:
         """What the layers read for each candidate token, or those of the given indices, at a place, (count, n)."""

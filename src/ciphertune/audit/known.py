@@ -143,10 +143,9 @@ def _outside_the_mean(
 
 def _aggregate(view: View, data: bytes, one: Seen) -> tuple[wire.Message, wire.Session]:
     """The server's own aggregate and the session it was made in. Raises WireError."""
-    head = wire._HEAD.unpack_from(data)
-    digest, round_, rank = head[5], head[8], head[10]
-    link = next((s.link for s in view.seen if s.plan.digest() == digest), one.link)
-    return wire.decode(data, link, wire.Expected(wire.AGGREGATE, round_, 0, rank)), link
+    head = wire.heading(data)
+    link = next((s.link for s in view.seen if s.plan.digest() == head.plan), one.link)
+    return wire.decode(data, link, wire.Expected(wire.AGGREGATE, head.round, 0, head.rank)), link
 
 
 def _change(after: Matrix, before: npt.NDArray[np.floating]) -> Matrix:

@@ -9,7 +9,7 @@ needs neither fewer rows than combinations nor all coordinates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,14 @@ class Block:
     combinations: Matrix
     seen: Callable[[Floats], Floats]  # (rows, n) -> (rows, c)
     name: bytes = b""  # equal for blocks that see the same of a row; empty: not to be compared
+
+
+@dataclass(frozen=True)
+class Common:
+    """What looks through one dictionary have in common: its second moment (c, c), and the `typical` sizes by place."""
+
+    moment: Matrix
+    sizes: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def span_distances(combinations: Matrix, rows: Floats) -> npt.NDArray[np.float64]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ciphertune.audit.dictionary import Dictionary, Rows
-from ciphertune.audit.pursuit import Block, Matrix, explained, second_moment, span_distances, sparse, typical
+from ciphertune.audit.pursuit import Block, Common, explained, second_moment, span_distances, sparse, typical
 
 _CANDIDATES = 4000
 _SAMPLE = 1000  # rows of each place that the dictionary's second moment is taken from
@@ -68,7 +68,7 @@ def _candidates(
             np.concatenate([t for _, t, _ in every]),
             np.concatenate([r for _, _, r in every]),
         )
-    known = [_shared(block, words) for block in blocks]
+    known = [_common(block, words) for block in blocks]
     scores, where, which = [], [], []
     for place, rows in words.all_rows():
         size = sum(_sizes(block, found, place, rows) for block, found in zip(blocks, known, strict=True))
@@ -87,31 +87,21 @@ def _candidates(
     return places, words.tokens[indices], rows
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """What looks through one dictionary have in common: its second moment, and the sizes of its rows."""
-
-    moment: Matrix
-    sizes: dict[int, np.ndarray]  # by place
-
-
-def _shared(block: Block, words: Dictionary) -> _Shared:
-    found = words.kept.get(block.name) if block.name else None
-    if found is None:
-        generator = np.random.default_rng(0)
-        sample = np.concatenate([words.sample(place, _SAMPLE, generator) for place in range(words.places)])
-        found = _Shared(second_moment(block, sample), {})
-        if block.name:
-            words.kept[block.name] = found
-    assert isinstance(found, _Shared)
+def _common(block: Block, words: Dictionary) -> Common:
+    if block.name in words.kept:
+        return words.kept[block.name]
+    generator = np.random.default_rng(0)
+    sample = np.concatenate([words.sample(place, _SAMPLE, generator) for place in range(words.places)])
+    found = Common(second_moment(block, sample))
+    if block.name:
+        words.kept[block.name] = found
     return found
 
 
-def _sizes(block: Block, known: _Shared, place: int, rows: Rows) -> np.ndarray:
-    found = known.sizes.get(place)
-    if found is None:
-        found = known.sizes[place] = typical(block, known.moment, rows)
-    return found
+def _sizes(block: Block, known: Common, place: int, rows: Rows) -> np.ndarray:
+    if place not in known.sizes:
+        known.sizes[place] = typical(block, known.moment, rows)
+    return known.sizes[place]
 
 
 def _ordered(places: np.ndarray, tokens: np.ndarray, weight: np.ndarray, left_out: float = _LEFT_OUT) -> Recovered:

@@ -6,7 +6,6 @@ Everything here works on the bytes, the plan and the settings, all of which the 
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from ciphertune import columns, pruning, split, wire
 from ciphertune.adapter import Adapter, FloatArray, LoraFactors
 from ciphertune.build import session
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import DataError, FormatError, SettingsError
+from ciphertune.errors import DataError, SettingsError, WireError
 from ciphertune.plan import Plan
 from ciphertune.runs import write, write_json
 from ciphertune.settings import Settings, from_dict
@@ -117,21 +116,18 @@ def read_view(folder: Path) -> View:
             seen.append(one)
             if where := readable_at(one):
                 broken[f"{round_}/{node}"] = where
-        except (FormatError, DataError) as error:
+        except (WireError, DataError) as error:
             broken[f"{round_}/{node}"] = str(error)
     return View(settings, folder, tuple(seen), broken)
 
 
 def see(data: bytes, settings: Settings, plans: Mapping[bytes, Plan], round_: int, node: str) -> Seen:
     """One message decoded as far as the server can. Raises WireError, DataError when its plan was not kept."""
-    if len(data) < wire._HEAD.size:
-        raise FormatError(f"{len(data)} bytes are too few for a message")
-    _, kind, _, _, key, digest, _, run, _, sender, rank, _, _ = wire._HEAD.unpack_from(data)
-    if digest not in plans:
+    head = wire.heading(data)
+    if head.plan not in plans:
         raise DataError("the message was made under a plan that the run folder does not hold")
-    link = session(settings, plans[digest], run=run, key_fingerprint=key)
-    tier = struct.unpack_from("<I", data, wire._HEAD.size + 4)[0] if len(data) >= wire._HEAD.size + 8 else 0
-    message = wire.decode(data, link, wire.Expected(kind, round_, sender, rank, tier=tier))
+    link = session(settings, plans[head.plan], run=head.run, key_fingerprint=head.key_fingerprint)
+    message = wire.decode(data, link, wire.Expected(wire.UPDATE, round_, head.sender, head.rank, tier=head.tier))
     layers, heads, loose = _clear(message, link)
     return Seen(round_, node, link, message, layers, heads, loose)
 
