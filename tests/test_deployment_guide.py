@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from processes import free_port
 from tiny import SENTENCES, write_lines
 
 TEXT = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
@@ -121,12 +121,6 @@ class Guide:
     def logs(self) -> str:
         """The ends of all logs, for a failure."""
         return "".join(f"\n--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("*.log"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
-import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_deployment import BIN, free_port, start, started  # noqa: F401 - a fixture
+from processes import BIN, connection, free_port, started, superlink, supernode
 from tiny import SENTENCES, write_lines
+
+__all__ = ["started"]  # a fixture
 
 # Loaded by every process of the hostile node: in the first round the message is of a type that Flower does not know,
 # in the second it says, inside, that it comes from another node.
@@ -42,35 +42,20 @@ Message.deflate = deflate
 
 @pytest.mark.slow
 def test_a_hostile_node_is_left_out_and_excluded_and_the_server_process_goes_on(
-    started: tuple[ExitStack, dict[str, str]],  # noqa: F811
-    tmp_path: Path,
-    llama: Path,
+    started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path
 ) -> None:
     stack, environment = started
     (tmp_path / "hostile").mkdir()
     (tmp_path / "hostile/sitecustomize.py").write_text(HOSTILE)
     port = free_port()
-    address = ["--host", "127.0.0.1", "--port", str(port)]
-    link = start(stack, environment, tmp_path / "superlink.log", "flower-superlink", "--insecure", *address)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and link.poll() is None:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.3)
+    superlink(stack, environment, tmp_path / "superlink.log", port)
     for name in ("lab-a", "lab-b", "lab-c"):
         data = write_lines(tmp_path / f"{name}.jsonl", [{"text": t} for t in SENTENCES])
         config = f'name="{name}" rank=4 data-path="{data}" run-dir="{tmp_path / name}" allow-clear=true'
         path = f"{tmp_path / 'hostile'}{os.pathsep}{environment.get('PYTHONPATH', '')}"
         more = {"PYTHONPATH": path} if name == "lab-c" else {}
-        start(stack, environment | more, tmp_path / f"{name}.log", "flower-supernode", "--insecure", "--superlink",
-              f"127.0.0.1:{port}", "--port", str(free_port()), "--node-config", config)  # fmt: skip
-    home = tmp_path / "flwr"
-    home.mkdir(exist_ok=True)
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "lab"\n[superlink.lab]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+        supernode(stack, environment | more, tmp_path / f"{name}.log", port, config)
+    connection(environment, "lab", port)
     overrides = [
         "method=fedavg", "model=hf", f"model.name={llama}", "model.max_length=32", "data=jsonl",
         "data.heldout_fraction=0.3", "federation.rounds=3", "federation.min_clients=3", "federation.exclude_after=2",
