@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from grid import LocalGrid, Objects, simulated
 from mutants import mutant
 from safetensors.numpy import load_file
 
-from ciphertune import wire
+from ciphertune import flower, wire
 from ciphertune.build import public_part
 from ciphertune.errors import FederationError
 from ciphertune.runs import ServerFolder
@@ -159,7 +160,7 @@ def assert_clients_get_the_honest_mean(running: Running) -> None:
             assert (difference <= error * sum(samples) / weight + np.abs(mean) * 2**-23).all()
 
 
-SHARES = {"sealed": 0.35, "fedavg": 0.25, "she_lora": 0.1}  # of all mutants; the rest greets, negotiates, evaluates
+SHARES = {"sealed": 0.35, "fedavg": 0.25, "she_lora": 0.1}  # of all mutants; a tenth each greets, negotiates, evaluates
 
 
 @EXTREME
@@ -184,8 +185,8 @@ def test_the_server_survives_every_mutated_update_and_the_honest_ones_are_still_
         print(f"\n{method}: {counts}")
 
 
-def exchanged(running: Running, kind: str, mutants: int, seed: int, handle: Callable[[], None]) -> int:
-    """Mutants of the replies to messages of a kind; `handle` sends the questions and takes the replies."""
+def exchanged(running: Running, mutants: int, seed: int, handle: Callable[[], None]) -> int:
+    """Mutants of the recorded replies; `handle` sends the questions and takes what comes."""
     grid, rng, sent = running.grid, random.Random(seed), 0
 
     def mutate(node: int) -> list[Objects] | None:
@@ -211,7 +212,7 @@ def test_the_server_survives_every_mutated_answer_to_a_negotiation_and_an_evalua
     grid.record([strategy._task(m, "query.wish", 0, 0)[0] for m in online])
     strategy._negotiate(grid, 0, online, 60.0)
     plan = strategy.federation.session.plan  # type: ignore[union-attr]
-    exchanged(running, "query.wish", round(0.1 * mutants), mutants, lambda: strategy._negotiate(grid, 0, online, 60.0))
+    exchanged(running, round(0.1 * mutants), mutants, lambda: strategy._negotiate(grid, 0, online, 60.0))
     strategy._negotiate(grid, 0, online, 60.0)
     assert strategy.federation.session.plan == plan  # type: ignore[union-attr]
     grid.good.clear()
@@ -224,7 +225,7 @@ def test_the_server_survives_every_mutated_answer_to_a_negotiation_and_an_evalua
         except FederationError as error:
             assert "no client could load" in str(error)
 
-    exchanged(running, "evaluate", round(0.1 * mutants), mutants, evaluate)
+    exchanged(running, round(0.1 * mutants), mutants, evaluate)
     evaluate()
     assert len(strategy.ledger.federated) == 4
 
@@ -233,17 +234,20 @@ def test_the_server_survives_every_mutated_answer_to_a_negotiation_and_an_evalua
 def test_the_server_survives_every_mutated_greeting_and_takes_in_the_honest_ones(
     tmp_path: Path, llama: Path, impatient: None, mutants: int
 ) -> None:
-    running = Running(tmp_path, llama, "method=sealed federation.min_clients=4 federation.wait_timeout=1")
+    running = Running(tmp_path, llama, "method=sealed federation.min_clients=4")
     grid, door = running.grid, running.strategy.door
     members = list(running.strategy.federation.members)
-    grid.record([Message(objects_content(door), n, "query.join") for n in NODES])
+    grid.record([Message(flower.pack({**door.greeting(), "client": None}), n, "query.join") for n in NODES])
 
     def late() -> None:
         door._seen.clear()
         running.strategy.federation.members[:] = members[:1]
         door.greet_new(grid)
 
-    exchanged(running, "query.join", round(0.05 * mutants), mutants, late)
+    exchanged(running, round(0.05 * mutants), mutants, late)
+
+    # whoever is missing is not waited for
+    door.settings = replace(door.settings, federation=replace(door.settings.federation, wait_timeout=0.0))
 
     def first() -> None:
         federation = running.strategy.federation
@@ -254,12 +258,6 @@ def test_the_server_survives_every_mutated_greeting_and_takes_in_the_honest_ones
         with contextlib.suppress(FederationError):
             door.gather(grid)
 
-    exchanged(running, "query.join", round(0.05 * mutants), mutants + 1, first)
+    exchanged(running, round(0.05 * mutants), mutants + 1, first)
     first()
     assert [m.name for m in running.strategy.federation.members] == [f"client-{k}" for k in range(4)]
-
-
-def objects_content(door: Any) -> RecordDict:
-    from ciphertune import flower
-
-    return flower.pack({**door.greeting(), "client": None})
