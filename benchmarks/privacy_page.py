@@ -102,7 +102,8 @@ def _table(found: dict[str, Rows], kind: str, attack: str) -> list[str]:
             rows = [x for x in found.get(f"{kind}/{method}/{b}/{k}", []) if x["attack"] == attack]
             rounds = [_spread([x["recall"] - x["chance"] for x in rows if x["round"] == r]) for r in (0, 1)]
             entries.append(" / ".join(rounds) if rows else "-")
-        lines.append(f"| `{method}` | " + " | ".join(entries) + " |")
+        if any(e != "-" for e in entries):
+            lines.append(f"| `{method}` | " + " | ".join(entries) + " |")
     return lines
 
 
@@ -113,7 +114,9 @@ def _clear(found: dict[str, Rows]) -> list[str]:
         cells_ = {cell: rows for cell, rows in found.items() if cell.split("/")[1] == method}
         if cells_ and not any(x["clear_tensors"] for rows in cells_.values() for x in rows):
             runs = sum(len({x["seed"] for x in rows}) for rows in cells_.values())
-            said.append(f"`{method}` showed 0 clear tensors in {runs} runs: there was nothing to attack.")
+            said.append(
+                f"`{method}` showed 0 clear tensors in {runs} run{'s' * (runs > 1)}: there was nothing to attack."
+            )
     return [" ".join(said), ""] if said else []
 
 
@@ -123,7 +126,7 @@ def _missing(found: dict[str, Rows]) -> list[str]:
     if not lacking:
         return []
     return [
-        f"Not run yet: {len(lacking)} of {len(every)} combinations of cell and seed. Entries without ± have one seed."
+        f"Not run yet: {len(lacking)} of {len(every)} combinations of cell and seed, `-` or no row. Entries without ± have one seed: take them for a first look."
     ]
 
 

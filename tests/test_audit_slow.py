@@ -1,7 +1,8 @@
-"""The audit on real models and texts, which lie beside the repository in ../shared; skipped where they are absent."""
+"""The audit on real models and texts; skipped where they are absent. $CIPHERTUNE_SHARED, else ../shared."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ciphertune.audit.simulate import simulate
 from ciphertune.settings import compose
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-SHARED = ROOT.parent / "shared"
+SHARED = Path(os.environ.get("CIPHERTUNE_SHARED", ROOT.parent / "shared")).resolve()
 
 pytestmark = [
     pytest.mark.slow,
