@@ -126,7 +126,8 @@ def _missing(found: dict[str, Rows]) -> list[str]:
     if not lacking:
         return []
     return [
-        f"Not run yet: {len(lacking)} of {len(every)} combinations of cell and seed, `-` or no row. Entries without ± have one seed: take them for a first look."
+        f"Not run yet: {len(lacking)} of {len(every)} combinations of cell and seed, `-` or no row. Entries without ± "
+        "have one seed: take them for a first look."
     ]
 
 
