@@ -82,7 +82,8 @@ class Door:
                 say(f"  {member.name} joins: rank {hello.rank}, {hello.samples} examples")
             except CiphertuneError as error:
                 self._refusals.append((hello.name, str(error)))
-                if any(m.name == hello.name for m in self.federation.members) and not hello.simulated:
+                same = any((m.name, m.hello.identity) == (hello.name, hello.identity) for m in self.federation.admitted)
+                if same and not hello.simulated:
                     self._seen.discard(hello.node_id)  # its old node may only seem to be there: ask again next round
         for reason in self._reasons():
             say(f"left out {reason}")

@@ -91,12 +91,12 @@ class Running:
 
     def round(self) -> wire.Message:
         """One round with what the grid makes of the replies. Returns the aggregate."""
-        self.strategy.federation._history.clear()
+        self.strategy.federation.history.clear()
         for member in self.strategy.federation.members:
             member.have = -1
         messages = self.ask()
         self.strategy.aggregate_train(0, self.strategy.stream(self.grid, messages, 60.0))
-        return self.strategy.federation._history[-1][0]
+        return self.strategy.federation.history[-1][0]
 
 
 @pytest.fixture

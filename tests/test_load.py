@@ -48,7 +48,7 @@ def client(message: Message, context: Context) -> Message:
             "name": f"client-{k}", "index": k, "simulated": True, "rank": rank, "budget": 0.0, "samples": 10 + k,
             "heldout": 4, "layers": [[x.name, x.m, x.n] for x in LAYERS], "heads": [], "key": bytes(16).hex(),
             "parameters": secret.public.digest().hex(), "settings": settings.digest().hex(), "code": code_digest(),
-            "initial": "0" * 16,
+            "initial": "0" * 16, "identity": f"{k:032x}",
         }  # fmt: skip
         return flower.reply(message, hello)
     if message.metadata.message_type == "evaluate":

@@ -36,15 +36,15 @@ def disk(node: Node) -> str:
 
 
 def disk_needed(node: Node) -> int:
-    """Bytes that a run leaves at most: four adapters in float32 (state, moments of both kinds, the result), another
-    while one is replaced, one a round where updates are recorded; and eight bytes for every token and its label,
-    of which there are fewer than characters.
+    """Bytes that a run leaves at most: seven adapters in float32 (state and moments of both kinds, each also as before
+    the round, and the result), another while one is replaced, two a round where updates are recorded; and eight bytes
+    for every token and its label, of which there are fewer than characters.
     """
     layers, heads = node.shapes
     adapter = 4 * (node.own.rank * sum(x.m + x.n for x in layers) + sum(h.size for h in heads))
     recorded = node.settings.federation.rounds if node.settings.record_updates else 0
     *_, characters = node.texts
-    return adapter * (5 + recorded) + characters * 2 * 8
+    return adapter * (8 + 2 * recorded) + characters * 2 * 8
 
 
 def memory(node: Node) -> str:
