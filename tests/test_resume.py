@@ -394,3 +394,26 @@ def test_a_client_whose_disk_is_full_says_so_in_one_line_and_comes_back(
     assert "Traceback" not in "".join(lines)
     assert [x["round"] for x in updates(run) if x["node"] == "client-1"][-2:] == [2, 3]
     assert not [p for p in left if p.exists()]  # nor is half a file left
+
+
+def test_a_client_that_was_excluded_stays_excluded_when_the_run_is_resumed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{FOUR} method=fedavg federation.exclude_after=1"
+
+    def tamper(reply: Message, source: int) -> Message:
+        if source == 101 and reply.metadata.group_id == "0" and "payload" in reply.content:
+            values, (data,) = flower.unpack(reply.content)
+            reply.content = flower.pack(values, [data[:-1] + bytes([data[-1] ^ 1])])
+        return cut(reply, source)
+
+    cut = Cut(9)  # four of round 1, three each of the next ones
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        lab(words, tamper=tamper)
+    (run,) = lab.runs.iterdir()
+    assert "excluded client-1 from the run" in said(capsys)
+    resumed(lab, run, words)
+    assert list(summary(run)["excluded"]) == ["client-1"]
+    assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}
+    assert "round 4/4: 3 of 3 clients" in said(capsys)
