@@ -35,8 +35,8 @@ def page() -> str:
         "travels in the clear is there nothing to attack.",
         "",
         "Recall is the share of the distinct tokens of the client's text that an attack names, means over seeds with "
-        "their standard deviation; chance is the recall of the same answer against texts that the client never had. The "
-        "constants of the adapted attack were chosen while looking at seeds 0 and 1.",
+        "their standard deviation; chance is the recall of the same answer against texts that the client never had. "
+        "The constants of the adapted attack were chosen while looking at seeds 0 and 1.",
         "",
         *_gradient(found),
         "## What clients of this package send",

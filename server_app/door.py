@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from ciphertune import flower
 from ciphertune.errors import CiphertuneError, FederationError
-from ciphertune.federation import Federation, Hello, Member, parse_hello
+from ciphertune.federation import Federation, Member
+from ciphertune.hello import Hello, parse_hello
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 from server_app.conduct import check_enough

@@ -17,7 +17,8 @@ from ciphertune.crypto.base import blocks_for
 from ciphertune.crypto.clear import ClearPublic, parse
 from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.federation import Federation, Hello, Member
+from ciphertune.federation import Federation, Member
+from ciphertune.hello import Hello
 from ciphertune.negotiation import Wish, parse_wish
 from ciphertune.plan import HeadShape, LayerShape, Plan, column_count
 from ciphertune.product import ProductSum

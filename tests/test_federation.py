@@ -16,7 +16,8 @@ from ciphertune.crypto.clear_secret import ClearSecret
 from ciphertune.crypto.params import CkksParams
 from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
 from ciphertune.exchange import seal, unseal
-from ciphertune.federation import Federation, Hello, parse_hello
+from ciphertune.federation import Federation
+from ciphertune.hello import Hello, parse_hello
 from ciphertune.negotiation import parse_wish
 from ciphertune.plan import LayerShape, Plan
 from ciphertune.ranks import Contributor

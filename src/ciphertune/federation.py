@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,42 +11,23 @@ from typing import Any
 from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import make_plan, session
-from ciphertune.errors import FederationError, FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError
+from ciphertune.errors import (
+    CiphertuneError,
+    FederationError,
+    FormatError,
+    KeyMismatchError,
+    PlanMismatchError,
+    SettingsMismatchError,
+)
+from ciphertune.hello import Hello
 from ciphertune.negotiation import Negotiated, Wish, negotiate
-from ciphertune.node import NAME
-from ciphertune.plan import FACTORS, HeadShape, LayerShape, Plan
+from ciphertune.plan import FACTORS, Plan
 from ciphertune.product import ProductSum
 from ciphertune.ranks import LARGEST_NORM, Contributor
-from ciphertune.scores import number
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 
 RoundSum = SeparateSum | ProductSum
-
-_MAX_EXAMPLES = 10**9
-_HEX = re.compile(r"[0-9a-f]{16,64}")
-
-
-@dataclass(frozen=True)
-class Hello:
-    """What a client says of itself when it joins, checked."""
-
-    node_id: int
-    client: int | None  # which client a simulated node plays
-    name: str
-    rank: int
-    budget: float  # share of the columns of A it encrypts, where the method negotiates them
-    samples: int
-    heldout: int  # examples
-    simulated: bool
-    key: bytes
-    parameters: str
-    settings: str
-    code: str
-    initial: str
-    layers: tuple[LayerShape, ...]
-    heads: tuple[HeadShape, ...]
-    identity: str = ""  # random, of this run: who else comes by its name is not it
 
 
 @dataclass
@@ -62,37 +42,6 @@ class Member:
     def name(self) -> str:
         """Its name in logs and files."""
         return self.hello.name
-
-
-def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hello:
-    """Check what came over the wire. Raises FormatError."""
-    try:
-        if not all(isinstance(values[k], str) for k in ("name", "identity")):
-            raise TypeError
-        hello = Hello(
-            node_id=node_id,
-            client=client,
-            name=values["name"],
-            rank=int(values["rank"]),
-            budget=number(values["budget"], 0.0, 1.0),
-            samples=int(values["samples"]),
-            heldout=int(values["heldout"]),
-            simulated=bool(values["simulated"]),
-            key=bytes.fromhex(values["key"]),
-            **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial", "identity")},
-            layers=tuple(LayerShape(str(n), int(m), int(k)) for n, m, k in values["layers"]),
-            heads=tuple(HeadShape(str(n), tuple(int(d) for d in s)) for n, s in values["heads"]),
-        )
-        Plan.from_json(Plan(hello.layers, hello.heads, 1.0, (hello.rank,), "both", "none", "pad").to_json())
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FormatError("the client's greeting is not readable") from error
-    digests = (hello.parameters, hello.settings, hello.code, hello.initial, hello.identity)
-    if not NAME.fullmatch(hello.name) or len(hello.key) != 16 or not all(_HEX.fullmatch(d) for d in digests):
-        raise FormatError("the client's greeting is not readable")
-    for what, count in (("training", hello.samples), ("held-out", hello.heldout)):
-        if not 1 <= count <= _MAX_EXAMPLES:
-            raise FormatError(f"{hello.name} has {count} {what} examples: want 1 to {_MAX_EXAMPLES}")
-    return hello
 
 
 class Federation:
@@ -120,7 +69,7 @@ class Federation:
         for hello in hellos:
             try:
                 self.admit(hello, [h.node_id for h in hellos])
-            except (FormatError, KeyMismatchError, PlanMismatchError, SettingsMismatchError) as error:
+            except CiphertuneError as error:
                 refused.append((hello, str(error)))
         return refused
 

@@ -18,7 +18,8 @@ from ciphertune.build import public_part
 from ciphertune.checks import check
 from ciphertune.crypto.base import blocks_for
 from ciphertune.errors import SettingsError
-from ciphertune.federation import Federation, Hello
+from ciphertune.federation import Federation
+from ciphertune.hello import Hello
 from ciphertune.negotiation import Wish
 from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan, column_count
 from ciphertune.ranks import Contributor

@@ -23,7 +23,8 @@ import yaml
 from ciphertune import wire
 from ciphertune.build import session
 from ciphertune.errors import CiphertuneError, ResumeError
-from ciphertune.federation import Federation, Hello, Member, parse_hello
+from ciphertune.federation import Federation, Member
+from ciphertune.hello import Hello, parse_hello
 from ciphertune.ledger import Ledger
 from ciphertune.plan import Plan
 from ciphertune.runs import ServerFolder, read_summary

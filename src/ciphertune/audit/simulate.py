@@ -12,7 +12,8 @@ from typing import Any
 
 from ciphertune import client as clients
 from ciphertune import wire
-from ciphertune.federation import Federation, parse_hello
+from ciphertune.federation import Federation
+from ciphertune.hello import parse_hello
 from ciphertune.negotiation import parse_wish
 from ciphertune.node import NodeSettings, node_settings
 from ciphertune.runs import ServerFolder
