@@ -28,7 +28,7 @@ RANKS = {"lab-a": 4, "lab-b": 16, "lab-c": 16}
 class Labs:
     """A SuperLink and three labs with a key, data and folders of their own."""
 
-    def __init__(self, stack: ExitStack, folder: Path, model: Path) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, model: Path, *link: str) -> None:
         self.stack, self.folder, self.model = stack, folder, model
         self.environment, self.port = environment_in(folder), free_port()
         self.key = folder / "lab.key"
@@ -37,7 +37,7 @@ class Labs:
         started = time.monotonic()
         subprocess.run([sys.executable, "-c", "import torch, transformers, peft"], env=self.environment, check=True)
         self.patience = round(max(45.0, 10 * (time.monotonic() - started)))  # for a round, on this machine today
-        self.link = superlink(stack, self.environment, folder / "superlink.log", self.port)
+        self.link = superlink(stack, self.environment, folder / "superlink.log", self.port, *link)
         connection(self.environment, "lab", self.port)
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         for k, name in enumerate(RANKS):
@@ -258,3 +258,27 @@ def test_a_superlink_killed_and_restarted_loses_no_aggregate_and_a_resumed_run_e
     assert again.contributors() == [ALL, ALL, ALL]
     for name in RANKS:
         assert equal(again.adapter(name), whole.adapter(name)), name
+
+
+def test_a_run_survives_a_superlink_with_a_database_and_process_isolation_that_is_killed_and_restarted(
+    tmp_path: Path, llama: Path
+) -> None:
+    """What Flower keeps: neither `resume` nor another start of the nodes is needed."""
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef" * 4)
+    secret.chmod(0o600)
+    known = ("--superexec-auth-secret-file", str(secret))
+    words = ("--insecure", "--isolation", "process", *known, "--database", str(tmp_path / "state.db"))
+    with ExitStack() as stack:
+        labs = Labs(stack, tmp_path, llama, *words)
+        runtime = ("--insecure", "--runtime-api-address", f"127.0.0.1:{labs.port}", *known)
+        start(stack, labs.environment, tmp_path / "superexec.log", "flower-superexec", *runtime)
+        run = labs.run("kept", "method=fedavg", "federation.rounds=3")
+        run.aggregated(0)
+        asked = labs.asked("lab-b")
+        wait_until(lambda: labs.asked("lab-b") > asked and labs.workers("lab-b"), f"second round: {run.said()}")
+        kill(labs.link)
+        superlink(stack, labs.environment, tmp_path / "superlink-2.log", labs.port, *words)
+        wait_until((run.folder / "summary.json").exists, f"end of the run: {run.said()}")
+        assert run.summary()["status"] == "completed", run.said()
+        assert run.contributors()[0] == run.contributors()[-1] == ALL
