@@ -41,10 +41,10 @@ from ciphertune import exchange, flower, wire
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum, cut
 from ciphertune.build import session
-from ciphertune.build_client import generate_key
+from ciphertune.build_client import generate_key, open_key
 from ciphertune.crypto import keys
 from ciphertune.launch import app_folder, end_tree
-from ciphertune.planning import secret_half, settings_of, settle
+from ciphertune.planning import settings_of, settle
 from ciphertune.shapes import model_shapes
 from ciphertune.versions import versions
 
@@ -117,7 +117,7 @@ def answer(message: Message, context: Context) -> Message:
     start = time.perf_counter()
     values, received = flower.unpack(message.content)
     work, me, round_ = Work(dict(context.run_config)), int(context.node_config["partition-id"]), values["round"]
-    secret = secret_half(work.settings.crypto, keys.load(Path(str(context.node_config["key-file"]))))
+    secret = open_key(work.settings.crypto, keys.load(Path(str(context.node_config["key-file"]))))
     link, who, mine = work.link(context.run_id, secret.fingerprint), work.people[me], work.adapter(me)
     report: dict[str, Any] = {}
     for data in received:
@@ -223,7 +223,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     keys.save(key, folder / "lab.key")
     app, out, port = folder / "app", folder / "found.json", free_port()
     app.mkdir()
-    fingerprint = secret_half(Work(config).settings.crypto, key).fingerprint.hex()
+    fingerprint = open_key(Work(config).settings.crypto, key).fingerprint.hex()
     (app / "pyproject.toml").write_text(APP.format(**config, fingerprint=fingerprint, out=out))
     (app / "server.py").write_text(SERVER)
     (app / "client.py").write_text(CLIENT)

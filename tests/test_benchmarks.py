@@ -80,6 +80,7 @@ def test_the_growth_of_the_servers_memory_is_the_slope_over_the_second_half_of_t
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sealed_message_of_100_mb_arrives_as_it_was_sent_over_a_superlink(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     command = [sys.executable, str(BENCHMARKS / "large_message.py"), "--out", str(out)]

@@ -410,6 +410,7 @@ def test_an_unknown_option_is_refused(tmp_path: Path, runner: Runner, capsys: py
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_methods_are_really_compared_and_not_run_again(tmp_path: Path) -> None:
     words = ["method=fedavg,sealed", "experiment=smoke", "training.steps=2", "data.max_heldout=8", "training.threads=1"]
     command = [sys.executable, "-m", "ciphertune.cli", "compare", "--out", str(tmp_path / "c"), "--seeds", "1", *words]

@@ -17,7 +17,7 @@ __all__ = ["started"]  # a fixture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sealed", "she_lora"])
+@pytest.mark.parametrize("method", ["sealed", pytest.param("she_lora", marks=pytest.mark.long)])
 def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path, method: str
 ) -> None:

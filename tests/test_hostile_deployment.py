@@ -41,6 +41,7 @@ Message.deflate = deflate
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hostile_node_is_left_out_and_excluded_and_the_server_process_goes_on(
     started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path
 ) -> None:
