@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from privacy import BATCHES, COMMON, GRADIENT_BATCHES, GRADIENT_RANKS, HIDDEN, METHODS, OUT, SEEDS, STEPS, cells
@@ -53,15 +52,6 @@ def page() -> str:
     lines += _clear(found)
     lines += _missing(found)
     return "\n".join(lines) + "\n"
-
-
-def write(path: Path, *, check: bool) -> bool:
-    """Write the page, or only say whether it is up to date."""
-    text = page()
-    same = path.is_file() and path.read_text(encoding="utf-8") == text
-    if not same and not check:
-        path.write_text(text, encoding="utf-8")
-    return same
 
 
 def _gradient(found: dict[str, Rows]) -> list[str]:

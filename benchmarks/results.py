@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,7 @@ ROUNDS = {"iid": 10, "dirichlet": 20}
 BUDGET = 0.1  # of A's columns, for the methods that negotiate
 # the setting of FedShield-LLM at our scale, for what it is compared with there, and `sealed`
 FEDSHIELD = "fedshield-setting"
+PEERS, AT_BYTES = ("fedavg", "flexlora", "rolora"), " at sealed's bytes"
 FEDSHIELD_ROWS = ("fedavg", "fedshield", "fedshield agreed mask", "sealed")
 
 
@@ -86,9 +88,26 @@ def cells() -> list[str]:
     return [FEDSHIELD, *grid]
 
 
-def rows_of(cell: str) -> tuple[str, ...]:
-    """Names of a cell's rows."""
-    return FEDSHIELD_ROWS if cell == FEDSHIELD else tuple(ROWS)
+def rows_of(cell: str) -> dict[str, str]:
+    """Names of a cell's rows, and their own overrides."""
+    named = {row: ROWS[row] or f"method={row}" for row in (FEDSHIELD_ROWS if cell == FEDSHIELD else ROWS)}
+    return named | same_bytes(read(cell)["rows"])
+
+
+def same_bytes(rows: dict[str, Any]) -> dict[str, str]:
+    """More rows, once `sealed` and a peer are known: the peer for so many rounds that it moves what `sealed` moved.
+
+    Rounded up where more than a tenth of a round is left over. Each is a run of its own, with a learning rate that ends
+    where the run does.
+    """
+    found: dict[str, str] = {}
+    for peer in PEERS if "sealed" in rows else ():
+        if peer in rows:
+            up, down = (next(iter(rows[peer]["seeds"].values()))[k] for k in ("bytes_up", "bytes_down"))
+            spent = next(iter(rows["sealed"]["seeds"].values()))["course"][-1][1]
+            rounds = math.ceil((spent + down) / (up + down) - 0.1)  # nothing is sent down before the first round
+            found[f"{peer}{AT_BYTES}"] = f"method={peer} federation.rounds={rounds}"
+    return found
 
 
 def overrides(cell: str, options: argparse.Namespace, work: Path) -> list[str]:
@@ -127,7 +146,7 @@ def run(cell: str, rows: list[str], options: argparse.Namespace) -> None:
     out = options.work / cell / "+".join("".join(c for c in row if c.isalnum()) for row in rows)
     words = overrides(cell, options, options.work)
     for row in rows:
-        words += ["--row", f"{row}: {ROWS[row] or 'method=' + row}"]
+        words += ["--row", f"{row}: {rows_of(cell)[row]}"]
     command = [sys.executable, "-m", "ciphertune.cli", "compare", *words, "--seeds", str(options.seeds)]
     command += ["--app", str(ROOT), "--out", str(out), "--parallel", str(options.parallel)]
     subprocess.run(command, check=False)
@@ -172,9 +191,10 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--work", type=Path, default=ROOT / "comparisons", help="where unfinished runs are")
     options = parser.parse_args()
-    wanted = [row.strip() for row in options.rows.split(",") if row.strip()] or list(ROWS)
-    if unknown := [row for row in wanted if row not in ROWS]:
-        parser.error(f"--rows {unknown[0]}: want some of {', '.join(ROWS)}")
+    every = [*ROWS, *(f"{peer}{AT_BYTES}" for peer in PEERS)]
+    wanted = [row.strip() for row in options.rows.split(",") if row.strip()] or every
+    if unknown := [row for row in wanted if row not in every]:
+        parser.error(f"--rows {unknown[0]}: want some of {', '.join(every)}")
     jobs = []
     for cell in (c for c in cells() if fnmatch.fnmatch(c, options.cells)):
         missing = [row for row in wanted if row in rows_of(cell) and row not in read(cell)["rows"]]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-from results import CAUSAL, CLASSIFIER, COMMON, FEDSHIELD, GRID, RANKS, ROUNDS, ROWS, cells, rows_of
+from results import AT_BYTES, CAUSAL, CLASSIFIER, COMMON, FEDSHIELD, GRID, PEERS, RANKS, ROUNDS, ROWS, cells, rows_of
 
 Cell = dict[str, Any]
 
@@ -77,26 +76,22 @@ def _cell(cell: Cell) -> list[str]:
         one = next(iter(row["seeds"].values()))
         sizes = f"{one['bytes_up'] / 1e3:,.0f} kB | {one['bytes_down'] / 1e3:,.0f} kB | {one['encrypted_fraction']:.0%}"
         out.append(f"| `{name}` | {_spread(list(own.values()), kind)} | {against} | {sizes} |")
-    return [*out, *_same_bytes(rows, kind), *_losses(rows, kind)]
+    return [*out, *_same_bytes(cell["rows"], kind), *_losses(rows, kind)]
 
 
 def _same_bytes(rows: dict[str, Any], kind: str) -> list[str]:
-    """The metric of each row when it had moved as many bytes as `sealed` in all."""
-    if "sealed" not in rows:
-        return []
-    spent = {seed: s["course"][-1][1] for seed, s in rows["sealed"]["seeds"].items()}
+    """What the peers reach in runs of so many rounds that they move as many bytes as `sealed`."""
     parts = []
-    for name in (n for n in ("sealed", "fedavg", "flexlora", "rolora") if n in rows):
-        values, at = [], []
-        for seed, s in rows[name]["seeds"].items():
-            reached = [p for p in s["course"] if p[1] <= spent.get(seed, 0) * 1.001]
-            if reached:
-                values.append(_value({"loss": reached[-1][2], "metric": reached[-1][3]}, kind))
-                at.append(reached[-1][0])
-        if values:
-            parts.append(f"`{name}` {_spread(values, kind)} (round {statistics.fmean(at):g})")
-    total = f"After {statistics.fmean(spent.values()) / 1e6:.1f} MB per client, all that `sealed` moved"
-    return ["", f"{total}, at the last measurement before: {'; '.join(parts)}."]
+    for name in ("sealed", *(f"{peer}{AT_BYTES}" for peer in PEERS)):
+        if name in rows:
+            runs = list(rows[name]["seeds"].values())
+            values = [_value(s["federated"], kind) for s in runs]
+            spent = statistics.fmean(s["course"][-1][1] for s in runs) / 1e6
+            rounds = runs[0]["course"][-1][0]
+            parts.append(
+                f"`{name.removesuffix(AT_BYTES)}` {_spread(values, kind)} ({rounds} rounds, {spent:.1f} MB per client)"
+            )
+    return ["", f"At the bytes that `sealed` moves: {'; '.join(parts)}."] if len(parts) > 1 else []
 
 
 def _losses(rows: dict[str, Any], kind: str) -> list[str]:
@@ -127,12 +122,3 @@ def _spread(values: list[float], kind: str, *, sign: bool = False) -> str:
 
 def _code(words: tuple[str, ...]) -> str:
     return " ".join(f"`{word}`" for word in words)
-
-
-def write(path: Path, *, check: bool) -> bool:
-    """Write the page, or with `check` only say whether it is as it would be written."""
-    made = page()
-    same = path.is_file() and path.read_text(encoding="utf-8") == made
-    if not same and not check:
-        path.write_text(made, encoding="utf-8")
-    return same
