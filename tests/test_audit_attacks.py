@@ -36,6 +36,9 @@ class Words:
     def rows(self, place: int, which: np.ndarray | None = None) -> np.ndarray:
         return self._rows[place] if which is None else self._rows[place][which]
 
+    def frames(self):
+        return [[], *([(p, 0)] for p in range(self.places))]
+
     def all_rows(self):
         return ((p, self.rows(p)) for p in range(self.places))
 
@@ -148,6 +151,20 @@ def test_many_candidates_are_screened_and_the_true_ones_stay(monkeypatch: pytest
     g, true = gradient(words, rank=12, count=8)
     for _ in range(2):  # the second time from what the first one kept
         assert set(recovery.look_up([Block(g, lambda r: r, b"all")], words, noise=1e-6).tokens) == true  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [7, 8, 9])
+def test_with_few_columns_left_the_span_names_what_explaining_cannot_tell_apart(count: int) -> None:
+    """12 of 48 columns, 8 combinations: of 9 tokens one is known beforehand, by its place in every text."""
+    words = Words(places=4)
+    for seed in range(4):
+        generator = np.random.default_rng(seed)
+        picked = [0, *generator.choice(np.arange(1, VOCABULARY), count - 1, replace=False)]
+        rows = np.stack([words.rows(k % 4)[i] for k, i in enumerate(picked)])
+        shown = np.sort(generator.permutation(WIDTH)[:12])
+        g = (generator.normal(size=(8, count)) @ rows)[:, shown]
+        found = named(span.attack(target(words, layer(g, shown))))
+        assert found["adapted"] == {1000 + int(i) for i in picked}
 
 
 def test_span_distances_are_those_of_least_squares() -> None:

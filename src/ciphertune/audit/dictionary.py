@@ -56,6 +56,23 @@ class Dictionary:
         """The rows of some tokens drawn at random."""
         return self.rows(place, generator.choice(self.tokens.size, min(count, self.tokens.size), replace=False))
 
+    def frames(self) -> list[list[tuple[int, int]]]:
+        """What may be known of a text without reading it: (place, index of the token) of its beginning, and its end.
+
+        Nothing first, then what takes more for granted.
+        """
+        tokenizer, index = self.model.tokenizer, {int(t): i for i, t in enumerate(self.tokens)}
+        first, last = (
+            next((index[t] for t in ids if t in index), None)
+            for ids in (
+                (tokenizer.cls_token_id, tokenizer.bos_token_id),
+                (tokenizer.sep_token_id, tokenizer.eos_token_id),
+            )
+        )
+        begun = [[]] if first is None else [[], [(0, first)]]
+        ends = [] if last is None else [(place, last) for place in range(self.places)]
+        return [*begun, *([*begun[-1], end] for end in ends)]
+
     def all_rows(self) -> Iterator[tuple[int, Rows]]:
         """(place, rows) for every place."""
         for place in range(self.places):

@@ -37,9 +37,13 @@ class Common:
 
 def span_distances(combinations: Matrix, rows: Floats) -> npt.NDArray[np.float64]:
     """Relative distance (rows,) of each candidate row (rows, n) to the span of the combinations (k, n), 0 to 1."""
-    basis = _basis(combinations)
+    return distances_to(basis(combinations), rows)
+
+
+def distances_to(span: Matrix, rows: Floats) -> npt.NDArray[np.float64]:
+    """Relative distance (rows,) of each row (rows, n) to the span of orthonormal vectors (k, n), 0 to 1."""
     norms = np.maximum((rows.astype(np.float64) ** 2).sum(1), 1e-30)
-    inside = ((rows @ basis.T.astype(rows.dtype)).astype(np.float64) ** 2).sum(1)
+    inside = ((rows @ span.T.astype(rows.dtype)).astype(np.float64) ** 2).sum(1)
     return np.asarray(np.sqrt(np.clip(1 - inside / norms, 0, 1)))
 
 
@@ -109,6 +113,7 @@ def _scaled(block: Block, rows: Floats) -> tuple[Matrix, Matrix]:
     return d / (np.sqrt(np.mean(d**2)) or 1.0), y / (np.sqrt(np.mean(y**2)) or 1.0)
 
 
-def _basis(combinations: Matrix) -> Matrix:
+def basis(combinations: Matrix) -> Matrix:
+    """Orthonormal vectors (rank, n) of the span of the combinations (k, n); directions of less than 1e-5 are noise."""
     _, s, vt = np.linalg.svd(combinations, full_matrices=False)
     return np.asarray(vt[s > 1e-5 * s[0]] if s.size and s[0] > 0 else vt[:0])

@@ -8,12 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from ciphertune.audit.dictionary import Dictionary, Rows
-from ciphertune.audit.pursuit import Block, Common, explained, second_moment, span_distances, sparse, typical
+from ciphertune.audit.pursuit import (
+    Block,
+    Common,
+    basis,
+    distances_to,
+    explained,
+    second_moment,
+    span_distances,
+    sparse,
+    typical,
+)
 
 _CANDIDATES = 4000
 _SAMPLE = 1000  # rows of each place that the dictionary's second moment is taken from
 _LEFT_OUT = 5e-4  # share of the variance that the weakest tokens hold, which are left out
 _MOST = 256  # tokens that an attack names
+_FEW = 64  # columns: with so few, exact combinations are told apart by their span rather than by what explains them
+_EXACT = 1e-2  # noise below which combinations count as exact, and what of their span may be left over
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,10 @@ def look_up(
     blocks = [b for b in blocks if b.combinations.size and np.abs(b.combinations).max() > 0]
     if not blocks:
         return Recovered(())
+    if len(blocks) == 1 and noise < _EXACT and blocks[0].combinations.shape[1] <= _FEW:
+        found = _spanning(blocks[0], words, progress)
+        if found.tokens:
+            return found
     places, tokens, rows = _candidates(blocks, words, progress)
     found = sparse(blocks, rows, noise=noise)
     return _ordered(places, tokens, found)
@@ -55,6 +71,37 @@ def passing(
         close.append(1 / np.maximum(distance[inside], 1e-9))
         progress()
     return _ordered(np.concatenate(places), np.concatenate(tokens), np.concatenate(close), left_out=0.0)
+
+
+def _spanning(block: Block, words: Dictionary, progress: Callable[[], None]) -> Recovered:
+    """The rows nearest to the span of exact combinations, if they are what it is made of; else nothing.
+
+    Where tokens outnumber the combinations a little, rows that are known to be there (the text's beginning, its end at
+    any place) complete the span first: subspace-augmented MUSIC (Lee, Bresler and Junge, arXiv 1004.3071).
+    """
+    seen = []
+    for _, rows in words.all_rows():
+        seen.append(np.asarray(block.seen(rows), np.float64))  # distances are small
+        progress()
+    best, used, found = _EXACT, 0, Recovered(())
+    for frame in words.frames():
+        if found.tokens and len(frame) > used:  # with fewer rows taken for granted it is the better answer
+            break
+        known = [seen[place][index] for place, index in frame]
+        size = np.linalg.norm(block.combinations, axis=1).max()
+        span = basis(np.stack([*block.combinations / size, *(row / np.linalg.norm(row) for row in known)]))
+        if len(span) == block.combinations.shape[1]:
+            continue
+        distances = np.stack([distances_to(span, rows) for rows in seen])
+        nearest = np.argsort(distances, axis=None)[: len(span)]
+        places, which = np.unravel_index(nearest, distances.shape)
+        rows = np.stack([seen[p][i] for p, i in zip(places, which, strict=True)])
+        left = float(distances_to(basis(rows), span).max())
+        if left < best:
+            weight = 1 / np.maximum(distances[places, which], 1e-9)
+            found = _ordered(places, words.tokens[which], weight, left_out=0.0)
+            best, used = left, len(frame)
+    return found
 
 
 def _candidates(

@@ -12,7 +12,7 @@ from typing import Any
 
 from ciphertune import client as clients
 from ciphertune import wire
-from ciphertune.federation import Federation
+from ciphertune.federation import Federation, Member
 from ciphertune.hello import parse_hello
 from ciphertune.negotiation import parse_wish
 from ciphertune.node import NodeSettings, node_settings
@@ -23,10 +23,10 @@ from ciphertune.task import Terms
 RUN = 1  # the number of a run that Flower knows nothing of
 
 
-def simulate(settings: Settings, rounds: int, *, number: int | None = None) -> Path:
+def simulate(settings: Settings, rounds: int, *, number: int | None = None, finish: bool = False) -> Path:
     """Run the clients of the settings, or one of them, for `rounds` rounds; returns the run folder.
 
-    Raises CiphertuneError as a real run would.
+    finish: let every client keep the last mean as its adapter. Raises CiphertuneError as a real run would.
     """
     people = range(len(settings.federation.clients)) if number is None else [number]
     if len(people) < settings.federation.min_contributors or len(people) < settings.federation.min_clients:
@@ -42,6 +42,9 @@ def simulate(settings: Settings, rounds: int, *, number: int | None = None) -> P
     federation.settle([parse_hello(h, k, k) for k, h in enumerate(hellos)])
     for round_ in range(rounds):
         _round(settings, federation, folder, nodes, round_)
+    for member, node in zip(federation.members, nodes, strict=True) if finish else ():
+        task, payload = _message(federation, rounds, member, 0)
+        clients.handle("evaluate", _open(settings, node), task, payload)
     return folder.path
 
 
@@ -65,9 +68,7 @@ def _round(
     total = federation.total(federation.members)
     sum_ = federation.open_round(round_, federation.members)
     for member in federation.members:
-        lacking = federation.catch_up(member)
-        task = _task(federation, round_, member.number, total, member.have, lacking)
-        payload = [wire.encode(m, link) for m, link in lacking]
+        task, payload = _message(federation, round_, member, total)
         update = clients.handle("train", _open(settings, by_name[member.name]), task, payload)[1][0]
         folder.view(round_, member.name, update)
         sum_.add(update, sender=member.number, who=federation.contributor(member))
@@ -78,6 +79,13 @@ def _round(
 
 def _open(settings: Settings, node: NodeSettings) -> clients.Client:
     return clients.open_client(settings, node, RUN)
+
+
+def _message(federation: Federation, round_: int, member: Member, total: int) -> tuple[dict[str, Any], list[bytes]]:
+    """A task with the aggregates that the member lacks."""
+    lacking = federation.catch_up(member)
+    payload = [wire.encode(m, link) for m, link in lacking]
+    return _task(federation, round_, member.number, total, member.have, lacking), payload
 
 
 def _task(
