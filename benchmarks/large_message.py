@@ -192,9 +192,11 @@ class Peaks:
         """Look five times a second."""
         thread = threading.Thread(target=self._watch)
         thread.start()
-        yield
-        self._ended.set()
-        thread.join()
+        try:
+            yield
+        finally:  # else a failure would wait for the thread for ever
+            self._ended.set()
+            thread.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(0.2):
