@@ -160,7 +160,8 @@ def serve(grid: Grid, context: Context) -> None:
         start, busy = time.perf_counter(), [0.0]
         sum_ = SeparateSum(link, round_, work.total) if wanted else None
         row: dict[str, Any] = {"bytes_down": len(aggregate[0]) if aggregate else 0, "bytes_up": 0}
-        for _, reply in wait_for(grid, messages, 3000):
+        most = [wire.update_size(link, round_, who) if wanted else 0 for who in work.people]
+        for _, reply in wait_for(grid, messages, 3000, most):
             report, payload = open_reply(reply)
             busy.append(report["seconds"])
             if sum_:
