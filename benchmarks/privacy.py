@@ -28,9 +28,9 @@ import torch
 from rich.progress import track
 
 from ciphertune.audit.dictionary import Dictionary, dictionary, special_ids
+from ciphertune.audit.metadata import facts
 from ciphertune.audit.pursuit import Block
 from ciphertune.audit.recovery import look_up, passing
-from ciphertune.audit.metadata import facts
 from ciphertune.audit.run import ADAMW_NOISE, Auditor, audit
 from ciphertune.audit.simulate import simulate
 from ciphertune.audit.span import THRESHOLD

@@ -27,7 +27,9 @@ def read(rows: list[dict[str, Any]], hidden: float, form: str) -> float:
     return next(r["recall"] for r in rows if r["hidden"] == hidden and r["form"] == form)
 
 
-@pytest.mark.parametrize(("rank", "batch", "least"), [(8, 1, 0.99), (8, 2, 0.88), (8, 4, 0.67), (16, 1, 0.99), (16, 4, 0.82)])
+@pytest.mark.parametrize(
+    ("rank", "batch", "least"), [(8, 1, 0.99), (8, 2, 0.88), (8, 4, 0.67), (16, 1, 0.99), (16, 4, 0.82)]
+)
 def test_one_gradient_gives_most_tokens_away_however_columns_are_hidden(rank: int, batch: int, least: float) -> None:
     import privacy
 

@@ -48,9 +48,9 @@ def look_up(
     if not blocks:
         return Recovered(())
     if len(blocks) == 1 and noise < _EXACT and blocks[0].combinations.shape[1] <= _FEW:
-        found = _spanning(blocks[0], words, progress)
-        if found.tokens:
-            return found
+        exact = _spanning(blocks[0], words, progress)
+        if exact.tokens:
+            return exact
     places, tokens, rows = _candidates(blocks, words, progress)
     found = sparse(blocks, rows, noise=noise)
     return _ordered(places, tokens, found)
@@ -89,14 +89,15 @@ def _spanning(block: Block, words: Dictionary, progress: Callable[[], None]) -> 
             break
         known = [seen[place][index] for place, index in frame]
         size = np.linalg.norm(block.combinations, axis=1).max()
-        span = basis(np.stack([*block.combinations / size, *(row / np.linalg.norm(row) for row in known)]))
+        every = [*block.combinations / size, *(row / np.linalg.norm(row) for row in known)]
+        span = basis(np.stack(every).astype(np.float64))
         if len(span) == block.combinations.shape[1]:
             continue
         distances = np.stack([distances_to(span, rows) for rows in seen])
         nearest = np.argsort(distances, axis=None)[: len(span)]
         places, which = np.unravel_index(nearest, distances.shape)
         rows = np.stack([seen[p][i] for p, i in zip(places, which, strict=True)])
-        left = float(distances_to(basis(rows), span).max())
+        left = float(distances_to(basis(rows.astype(np.float64)), span).max())
         if left < best:
             weight = 1 / np.maximum(distances[places, which], 1e-9)
             found = _ordered(places, words.tokens[which], weight, left_out=0.0)
