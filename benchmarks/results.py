@@ -6,7 +6,7 @@ ranks, three seeds, and FedShield-LLM's setting; `docs/results.md` shows what it
     python benchmarks/tables.py                                              the page, from what is there
 
 --models holds minilm-l6 and llama-4m, --data a folder per set with train.jsonl and test.jsonl. A cell is one set, one
-division and one kind of ranks. Rows of a cell are run in pairs by `ciphertune compare` and kept one by one in
+division and one kind of ranks. Each row of a cell is run by `benchmarks/in_process.py` and kept in
 benchmarks/results/grid/CELL.json, so that the whole, some hours on two cores, can be spread over days and machines.
 """
 
@@ -16,15 +16,21 @@ import argparse
 import fnmatch
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ciphertune.comparison import read_run, shown
+from ciphertune.runs import write_json
+from ciphertune.settings import compose
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +63,9 @@ ROWS = {
 CLASSIFIER = (
     "model=classifier",
     "model.max_length=40",
-    "data.max_heldout=400",
+    "data.max_heldout=200",
     "training.steps=8",
-    "training.batch_size=16",
+    "training.batch_size=8",
     "training.learning_rate=2e-3",
     "training.learning_rate_end=4e-4",
 )
@@ -68,23 +74,31 @@ CAUSAL = (
     "model.targets=[q_proj,v_proj,up_proj,down_proj]",
     "model.max_length=96",
     "data.max_heldout=200",
-    "training.steps=10",
+    "training.steps=8",
     "training.batch_size=8",
     "training.learning_rate=4e-3",
     "training.learning_rate_end=8e-4",
 )
-COMMON = ("data=jsonl", "training.schedule=cosine", "federation.compare_local=false", "federation.evaluate_every=5")
-ROUNDS = {"iid": 10, "dirichlet": 20}
+ROUNDS = 10
+COMMON = (
+    "data=jsonl",
+    "model.dtype=bfloat16",
+    "training.schedule=cosine",
+    "federation.compare_local=false",
+    f"federation.rounds={ROUNDS}",
+    f"federation.evaluate_every={ROUNDS}",
+)
 BUDGET = 0.1  # of A's columns, for the methods that negotiate
 # the setting of FedShield-LLM at our scale, for what it is compared with there, and `sealed`
 FEDSHIELD = "fedshield-setting"
 PEERS, AT_BYTES = ("fedavg", "flexlora", "rolora"), " at sealed's bytes"
+_WRITING = threading.Lock()
 FEDSHIELD_ROWS = ("fedavg", "fedshield", "fedshield agreed mask", "sealed")
 
 
 def cells() -> list[str]:
     """Names of all cells."""
-    grid = [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("dirichlet", "iid") for data in SETS]
+    grid = [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("iid", "dirichlet") for data in SETS]
     return [FEDSHIELD, *grid]
 
 
@@ -114,11 +128,11 @@ def overrides(cell: str, options: argparse.Namespace, work: Path) -> list[str]:
     """What all rows of a cell have in common."""
     if cell == FEDSHIELD:
         folder = options.data / "medical_meadow_small"
-        words = ["experiment=fedshield_llama", f"model.name={options.models / 'llama-4m'}", *COMMON[2:]]
+        words = ["experiment=fedshield_llama", f"model.name={options.models / 'llama-4m'}", *COMMON[1:4]]
         return [*words, f"data.path={folder / 'train.jsonl'}", f"data.heldout_path={folder / 'test.jsonl'}"]
     data, division, ranks = cell.split("-")
     clients = ",".join(f"{{rank:{rank},budget:{BUDGET}}}" for rank in RANKS[ranks])
-    words = [*COMMON, f"data.partition={division}", f"federation.rounds={ROUNDS[division]}"]
+    words = [*COMMON, f"data.partition={division}"]
     words += [f"federation.clients=[{clients}]", f"data.heldout_path={options.data / data / 'test.jsonl'}"]
     train = options.data / data / "train.jsonl"
     if data in LABELS:
@@ -141,29 +155,29 @@ def with_kinds(source: Path, out: Path) -> Path:
     return out
 
 
-def run(cell: str, rows: list[str], options: argparse.Namespace) -> None:
-    """Run rows of a cell and keep their figures."""
-    out = options.work / cell / "+".join("".join(c for c in row if c.isalnum()) for row in rows)
-    words = overrides(cell, options, options.work)
-    for row in rows:
-        words += ["--row", f"{row}: {rows_of(cell)[row]}"]
-    command = [sys.executable, "-m", "ciphertune.cli", "compare", *words, "--seeds", str(options.seeds)]
-    command += ["--app", str(ROOT), "--out", str(out), "--parallel", str(options.parallel)]
-    subprocess.run(command, check=False)
-    found = json.loads((out / "compare.json").read_text(encoding="utf-8"))
-    kept = read(cell)
-    kept["overrides"] = found["about"]["overrides"]
-    for name, row in found["rows"].items():
-        if len(row["seeds"]) == options.seeds:
-            kept["rows"][name] = {
-                "overrides": row["overrides"],
-                "seeds": {seed: figures(one) for seed, one in row["seeds"].items()},
-                "versions": versions(),
-            }
-    GRID.mkdir(parents=True, exist_ok=True)
-    (GRID / f"{cell}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    if all(name in kept["rows"] for name in rows):
-        shutil.rmtree(out)
+def run(cell: str, row: str, options: argparse.Namespace) -> None:
+    """Run a row of a cell under all seeds and keep its figures. Raises CalledProcessError."""
+    out = options.work / cell / "".join(c for c in row if c.isalnum())
+    common, own = overrides(cell, options, options.work), shlex.split(rows_of(cell)[row])
+    chosen = {w.partition("=")[0] for w in own}
+    words = [*(w for w in common if w.partition("=")[0] not in chosen), *own]
+    clients = len(compose(ROOT / "conf", words).federation.clients)
+    command = [sys.executable, str(ROOT / "benchmarks/in_process.py"), str(out), "--clients", str(clients)]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("wb") as log:
+        command += ["--seeds", str(options.seeds), *words]
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    found = {
+        "overrides": own,
+        "seeds": {str(seed): figures(read_run(out / f"seed-{seed}")) for seed in range(options.seeds)},
+        "versions": versions(),
+    }
+    with _WRITING:
+        kept = read(cell)
+        kept["overrides"] = [shown(w) for w in common]
+        kept["rows"][row] = found
+        write_json(GRID / f"{cell}.json", kept)
+    shutil.rmtree(out)
 
 
 def read(cell: str) -> dict[str, Any]:
@@ -195,19 +209,34 @@ def main() -> None:
     wanted = [row.strip() for row in options.rows.split(",") if row.strip()] or every
     if unknown := [row for row in wanted if row not in every]:
         parser.error(f"--rows {unknown[0]}: want some of {', '.join(every)}")
-    jobs = []
-    for cell in (c for c in cells() if fnmatch.fnmatch(c, options.cells)):
-        missing = [row for row in wanted if row in rows_of(cell) and row not in read(cell)["rows"]]
-        jobs += [(cell, missing[i : i + 2]) for i in range(0, len(missing), 2)]
+    jobs = [
+        (cell, row)
+        for cell in cells()
+        if fnmatch.fnmatch(cell, options.cells)
+        for row in wanted
+        if row in rows_of(cell) and row not in read(cell)["rows"]
+    ]
     if not jobs:
         parser.exit(0, "nothing is missing\n")
+    GRID.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("pairs of rows", total=len(jobs))
-        for cell, rows in jobs:
-            progress.update(task, description=f"{cell}: {', '.join(rows)}")
-            run(cell, rows, options)
-            progress.advance(task)
+    failed = 0
+    with Progress(*columns) as progress, ThreadPoolExecutor(options.parallel) as pool:
+        task = progress.add_task("rows", total=len(jobs))
+        running = {pool.submit(run, cell, row, options): (cell, row) for cell, row in jobs}
+        try:
+            for done in as_completed(running):
+                cell, row = running[done]
+                if isinstance(error := done.exception(), subprocess.CalledProcessError):
+                    failed += 1
+                    progress.console.print(f"{cell}, {row}: failed; see {error.cmd[2]}/log.txt")
+                elif error:
+                    raise error
+                progress.update(task, description=f"{cell}: {row}", advance=1)
+        finally:  # an interrupt ends what runs, and nothing more is begun
+            pool.shutdown(cancel_futures=True)
+    if failed:
+        parser.exit(1, f"{failed} of {len(jobs)} rows failed; the same command tries them again\n")
 
 
 if __name__ == "__main__":

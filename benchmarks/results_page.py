@@ -33,8 +33,10 @@ def page() -> str:
         "Made by `python benchmarks/tables.py` from `benchmarks/results/grid/`, which `python benchmarks/results.py "
         "--models FOLDER --data FOLDER` fills. MiniLM-L6 with LoRA on query and value, and a causal model of four "
         "million parameters for the instructions (`medical_meadow_small`). Four clients of ranks "
-        f"{' or '.join('/'.join(map(str, r)) for r in RANKS.values())}; {ROUNDS['iid']} rounds where the data are "
-        f"divided at random, {ROUNDS['dirichlet']} under Dirichlet 0.3 (by label, or the first word of the question).",
+        f"{' or '.join('/'.join(map(str, r)) for r in RANKS.values())}; {ROUNDS} rounds; the data divided at random or "
+        "under Dirichlet 0.3 (by label, or the first word of the question). The base model computes in bfloat16, the "
+        "adapters in float32. The real server and clients exchange real messages in one process "
+        "(`benchmarks/in_process.py`).",
         "",
         "All methods have the same steps, batches, seeds and division, and one learning rate; methods that move one "
         "factor at a time take twice that (`method.rate_factor`), which was chosen on seeds 0 and 1 of sst2 divided at "
