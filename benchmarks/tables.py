@@ -182,7 +182,7 @@ def crypto_table(found: dict[str, Any]) -> list[str]:
     ]
     for r in found["rows"].values():
         stages = ("client encrypt", "server add", "client decrypt", "client decrypt many")
-        times = [f"{r['over_a'][s]:.3f}" if s in r["over_a"] else "as few" for s in stages]
+        times = [f"{r['over_a'][s]:.3f}" if s in r["over_a"] else "same" for s in stages]
         sizes = [f"{r['bytes_per_value'][w]:.2f}" for w in ("up", "down", "down_many")]
         rows.append(f"| {r['label']} | {' | '.join(times)} | {' | '.join(sizes)} | {r['error_of_mean']:.0e} |")
     aims = "; ".join(

@@ -281,5 +281,5 @@ def test_a_run_survives_a_superlink_with_a_database_and_process_isolation_that_i
         kill(labs.link)
         superlink(stack, labs.environment, tmp_path / "superlink-2.log", labs.port, *words)
         wait_until((run.folder / "summary.json").exists, f"end of the run: {run.said()}")
-        assert run.summary()["status"] == "completed", run.said()
+        assert run.summary()["status"] == "completed", f"{run.summary()['reason']}: {run.said()}"
         assert run.contributors()[0] == run.contributors()[-1] == ALL
