@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -39,6 +38,7 @@ from ciphertune.build_client import fresh_part
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.ranks import Contributor
+from ciphertune.runs import read_lines, read_values
 from ciphertune.settings import compose
 from ciphertune.versions import versions
 
@@ -195,13 +195,12 @@ def describe(shape: Shape, repeat: int) -> dict[str, Any]:
 def share_of_run(folder: Path) -> dict[str, Any]:
     """How much of its clients' rounds a finished run spent on cryptography, packing and framing included."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_lines(folder)[0]:
         if row["node"] != "server" and row["stage"] in ROUND:
             totals[row["node"]][row["stage"]] += row["seconds"]
     if not totals:
         raise SystemExit(f"{folder.name}/rounds.jsonl holds no stage of a client")
-    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    settings = read_values(folder / "settings.yaml")
     seconds = {stage: sum(node.get(stage, 0.0) for node in totals.values()) for stage in ROUND}
     spent = sum(seconds[stage] for stage in CRYPTOGRAPHY)
     return {

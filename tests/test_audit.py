@@ -20,6 +20,7 @@ from ciphertune.audit.known import column_numbers, moved
 from ciphertune.audit.run import audit
 from ciphertune.audit.truth import data_of, trained_on
 from ciphertune.crypto.indices import permutation
+from ciphertune.errors import DataError
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 
@@ -269,6 +270,68 @@ def test_a_run_that_recorded_nothing_says_how_to_record(
     run = lab("method=fedavg federation.rounds=1")
     assert cli.main(["audit", str(run)]) == 2
     assert "record_server_view=true" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clear(lab: Callable[..., Any]) -> Path:
+    """Three rounds in the clear."""
+    run: Path = lab(f"method=fedavg {RECORDED} federation.rounds=3")
+    return run
+
+
+def test_damaged_lines_of_a_run_are_left_out_and_said(clear: Path) -> None:
+    whole = audit(clear)
+    lines = (clear / "rounds.jsonl").read_bytes()
+    (clear / "rounds.jsonl").write_bytes(b"[]\n" + lines + b'\xff\n{"round": 2, "stage": "up')
+    report = audit(clear)
+    at = lines.count(b"\n")
+    lost = f"rounds.jsonl: 3 damaged lines left out (lines 1, {at + 2}, {at + 3})"
+    assert report.attacks == whole.attacks
+    assert set(report.metadata) == {*whole.metadata, lost}
+
+
+@pytest.mark.parametrize("text", [b"method: \xff\n", b"- 1\n", b"method: [\n", b""])
+def test_a_run_with_damaged_settings_is_refused_in_one_line(
+    text: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_bytes(text)
+    for words in (["audit", str(tmp_path)], ["view", str(tmp_path), "--out", str(tmp_path / "out")]):
+        assert cli.main(words) == 2
+        wanted = f"ciphertune: {tmp_path} is not a run folder: it has no readable settings.yaml"
+        assert capsys.readouterr().err.strip() == wanted
+
+
+def test_what_is_no_round_and_no_plan_is_named(clear: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (clear / "server_view/round_0001").rename(clear / "server_view/round_old")
+    assert cli.main(["audit", str(clear)]) == 2
+    assert "server_view/round_old is the folder of no round: move it out" in capsys.readouterr().err
+    (clear / "server_view/round_old").rename(clear / "server_view/round_0001")
+    (clear / "plan.json").write_bytes(b"\xff")
+    assert cli.main(["audit", str(clear)]) == 2
+    wanted = f"ciphertune: {clear / 'plan.json'} is damaged: put it back from a copy"
+    assert capsys.readouterr().err.strip() == wanted
+
+
+@pytest.mark.parametrize("missing", [(0, 1, 2), (0,), (1,)])
+def test_without_the_means_that_a_round_began_from_an_attack_is_refused_not_led_astray(
+    clear: Path, missing: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for round_ in missing:
+        (clear / f"server/round_{round_:04d}.msg").unlink()
+    assert cli.main(["audit", str(clear), "--max-recall", "0.9"]) == 2
+    name = f"server/round_{missing[0]:04d}.msg"
+    assert f"{clear / name} is missing: without it nobody knows from where" in capsys.readouterr().err
+
+
+def test_without_a_readable_mean_she_lora_is_not_called_safe(lab: Callable[..., Any]) -> None:
+    run = lab(f"method=she_lora {RECORDED} {PRODUCT} training.learning_rate=0.001")
+    path = run / "server/round_0000.msg"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"round_0000\.msg cannot be used \("):
+        audit(run)
+    path.unlink()
+    with pytest.raises(DataError, match=r"round_0000\.msg is missing"):
+        audit(run)
 
 
 torch.set_num_threads(1)

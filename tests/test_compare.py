@@ -223,8 +223,18 @@ def test_an_interrupt_ends_the_runs_that_go_on(tmp_path: Path, monkeypatch: pyte
     [
         ("settings.yaml", "steps: 20", "steps: 21", "holds a run with training.steps=21, not 20: give another --out"),
         ("settings.yaml", "method:", "methods:", "holds a run with"),
-        ("settings.yaml", "seed: 0", "seed: [", "whose settings cannot be read"),
+        ("settings.yaml", "seed: 0", "seed: [", "settings.yaml cannot be read back (it is damaged)"),
+        ("settings.yaml", "seed: 0", "seed: \0", "settings.yaml cannot be read back (it is damaged)"),
         ("versions.json", code_digest(), "0123", "holds a run of other code (0123, now"),
+        ("summary.json", "}", "", "summary.json cannot be read back (it is damaged)"),
+        ("summary.json", '"nodes"', '"knots"', "lacks figures of a finished run ('nodes')"),
+        (
+            "rounds.jsonl",
+            '{"round": 1, "node": "client-1", "stage": "seal"',
+            "{{",
+            "rounds.jsonl is damaged in line 14",
+        ),
+        ("rounds.jsonl", '"seconds": 10.0', '"minutes": 10.0', "lacks figures of a finished run ('seconds')"),
     ],
 )
 def test_a_finished_run_of_something_else_is_refused_and_kept(

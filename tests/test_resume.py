@@ -140,13 +140,13 @@ def test_what_was_cut_off_is_kept_apart_and_every_round_is_written_down_once(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = interrupted(lab, FOUR, 8, monkeypatch)
-    with (run / "rounds.jsonl").open("a") as file:  # as after a kill in the middle of a line
-        file.write('{"round": 2, "stage": "update", "node": "client-0"}\n{"round": 2, "sta')
+    with (run / "rounds.jsonl").open("ab") as file:  # as after a kill in the middle of a line
+        file.write(b'{"round": 2, "stage": "update", "node": "client-0"}\n{"round": 0}\n[]\n\xff\n{"round": 2, "sta')
     assert [p.stem for p in sorted((run / "server").glob("state_*"))] == ["state_0000", "state_0001"]
     resumed(lab, run, FOUR)
     wanted = [(r, f"client-{k}") for r in range(4) for k in range(4)]
     assert sorted((x["round"], x["node"]) for x in updates(run)) == wanted
-    assert (run / "interrupted.jsonl").read_text().count("\n") == 2
+    assert (run / "interrupted.jsonl").read_text().count("\n") == 5
     assert len(list((run / "server").glob("round_*.msg"))) == 4
 
 
@@ -176,6 +176,13 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "summary.json").write_text('{"status": "completed"}'),
         "the run in .*one is completed: there is nothing to go on with",
     ),
+    "damaged summary": (lambda run: (run / "summary.json").write_text('{"status"'), r"summary\.json is damaged"),
+    "a summary without names": (lambda run: (run / "summary.json").write_text("[]"), r"summary\.json is damaged"),
+    "damaged settings": (
+        lambda run: (run / "settings.yaml").write_bytes(b"overrides: \xff\n"),
+        r"settings\.yaml is damaged or absent: put it back from a copy",
+    ),
+    "settings without names": (lambda run: (run / "settings.yaml").write_text("- 1\n"), r"settings\.yaml is damaged"),
     "nothing aggregated": (
         lambda run: [p.unlink() for p in (run / "server").glob("*.msg")],
         "no round of the run in .*one was aggregated: start a new one under another name",
