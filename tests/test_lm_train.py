@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ciphertune.adapter import Adapter
-from ciphertune.errors import DataError, ModelError
+from ciphertune.errors import DataError, StateError
 from ciphertune.lm.data import Encoded
 from ciphertune.lm.model import LoraModel, load
 from ciphertune.lm.train import train
@@ -193,7 +193,9 @@ def test_moments_of_another_shape_are_not_used(settings: ModelSettings, tmp_path
 def test_a_damaged_state_is_named(model: LoraModel, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     state.write_bytes(b"not a state")
-    with pytest.raises(ModelError, match=r"state.safetensors is not a readable optimizer state.*delete it"):
+    with pytest.raises(
+        StateError, match=r"state.safetensors cannot be read back .*: remove it to start with fresh moments"
+    ):
         train(model, sentences(model), FAST, seed=0, state=state)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -123,8 +125,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return read_values(path) if path.is_file() else {}
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The values in a JSON file, or in a YAML file, which must have names. Raises StateError."""
+def read_values(path: Path, remedy: str = "put it back from a copy") -> dict[str, Any]:
+    """The values in a JSON file, or in a YAML file, which must have names. Raises StateError, which says the remedy."""
     try:
         data = path.read_text(encoding="utf-8")
         found = yaml.safe_load(data) if path.suffix == ".yaml" else json.loads(data)
@@ -134,7 +136,7 @@ def read_values(path: Path) -> dict[str, Any]:
         if isinstance(found, dict):
             return found
         why = "it holds no names with values"
-    raise StateError(f"{path} cannot be read back ({why}): put it back from a copy")
+    raise StateError(f"{path} cannot be read back ({why}): {remedy}")
 
 
 def read_lines(folder: Path) -> tuple[list[Line], list[int]]:
@@ -193,15 +195,29 @@ def _is_line(values: Any) -> bool:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. What is written stays, whatever ends the machine after this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name could be on the disk before the data
+        temporary.replace(path)
     except OSError:  # a full disk has no room for half a file
         temporary.unlink(missing_ok=True)
         raise
-    temporary.replace(path)
+    _keep_names(path.parent)
+
+
+def _keep_names(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no such call for folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.columns import Codes
 from ciphertune.crypto.indices import inverse
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import PlanMismatchError
+from ciphertune.errors import PlanMismatchError, StateError
 from ciphertune.lm import activations
 from ciphertune.lm.data import ClientData
 from ciphertune.lm.model import LoraModel
@@ -35,13 +35,13 @@ Scores = npt.NDArray[np.float64]
 def budget_of(node: NodeSettings, run: int, layers: Sequence[LayerShape], secret: SecretPart) -> float:
     """The share of A's columns that this node encrypts in this run: as configured, or measured once and kept.
 
-    Raises SettingsError for a time that none can be found for.
+    Raises SettingsError for a time that none can be found for, StateError where the kept one cannot be read back.
     """
     if not math.isnan(node.budget):
         return node.budget
     path = node.folder / "state" / f"budget-{run:x}.json"
     if path.is_file():
-        return float(json.loads(path.read_text(encoding="utf-8")))
+        return _kept_budget(path)
     public = secret.public
     found = budget.choose(
         budget.measure(secret.encrypt, public.slots, node.upstream),
@@ -54,6 +54,16 @@ def budget_of(node: NodeSettings, run: int, layers: Sequence[LayerShape], secret
     note(node.name, f"budget {found.value:g} of the columns of A: {found.reason}")
     write(path, json.dumps(found.value).encode())
     return found.value
+
+
+def _kept_budget(path: Path) -> float:
+    try:
+        found = float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise StateError(f"{path} cannot be read back (it is damaged): remove it, and the budget is measured again")
+    return found
 
 
 def score_columns(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ciphertune.errors import DataError, ModelError
+from ciphertune.errors import DataError, StateError
 from ciphertune.lm.batches import collate, count_targets, loss_sum, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
@@ -48,7 +48,7 @@ def train(
 
     state: a file that carries AdamW's moments from one call to the next; created when absent.
     progress: called after every step with (steps done, steps, loss).
-    Raises DataError without data, ModelError when `state` is damaged. A loss that is not finite is returned as it is.
+    Raises DataError without data, StateError when `state` is damaged. A loss that is not finite is returned as it is.
     """
     if not data:
         raise DataError("there is no training example: check the data settings of this client")
@@ -161,7 +161,7 @@ def _load(state: Path) -> dict[str, torch.Tensor]:
     try:
         saved: dict[str, torch.Tensor] = load_file(state)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{state} is not a readable optimizer state ({error}): delete it to start afresh") from None
+        raise StateError(f"{state} cannot be read back ({error}): remove it to start with fresh moments") from None
     return saved
 
 
