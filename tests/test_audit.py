@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,13 +15,14 @@ import torch
 from safetensors.numpy import load_file
 from tiny import SENTENCES, tiny_llama
 
-from ciphertune import cli, pruning, wire
+from ciphertune import cli, pruning, runs, wire
+from ciphertune.audit import run as audit_run
 from ciphertune.audit import view as audit_view
 from ciphertune.audit.known import column_numbers, moved
 from ciphertune.audit.run import audit
 from ciphertune.audit.truth import data_of, trained_on
 from ciphertune.crypto.indices import permutation
-from ciphertune.errors import DataError
+from ciphertune.errors import DataError, ModelError
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 
@@ -332,6 +334,57 @@ def test_without_a_readable_mean_she_lora_is_not_called_safe(lab: Callable[..., 
     path.unlink()
     with pytest.raises(DataError, match=r"round_0000\.msg is missing"):
         audit(run)
+
+
+def _where_nothing_can_be_written(run: Path) -> list[list[str]]:
+    (run / "audit.json").mkdir(exist_ok=True)
+    return [[], ["--json", str(run)], ["--json", str(run / "settings.yaml/x.json")]]
+
+
+def test_where_the_result_cannot_go_the_audit_says_so_before_it_attacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_run, "audit", lambda *_, **__: pytest.fail("it attacked"))
+    (tmp_path / "settings.yaml").write_text("")
+    for words in _where_nothing_can_be_written(tmp_path):
+        assert cli.main(["audit", str(tmp_path), *words]) == 2
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("ciphertune: ") and err.endswith("): give another --json") and "\n" not in err
+        assert (words[1] if words else str(tmp_path / "audit.json")) in err
+    assert cli.main(["audit", "--before", "--json", str(tmp_path)]) == 2
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_in_the_end_does_not_take_the_result_away(
+    lab: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = lab(f"method=sealed {RECORDED} federation.rounds=1")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    assert cli.main(["audit", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert "passed: nothing to attack: 0 clear tensors" in out
+    assert err.strip() == (
+        f"ciphertune: {run / 'audit.json'} cannot be written (No space left on device): give another --json"
+    )
+
+
+def test_a_view_is_not_written_over_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert cli.main(["view", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "file/broken.json cannot be written (Not a directory): give another --out" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"r": "x"}'])
+def test_a_finished_adapter_that_is_damaged_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is absent or damaged: put it back"):
+        audit_run.adapter_rank(tmp_path)
 
 
 torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from ciphertune import cli_report
 from ciphertune.cli import main
 
 METHODS = ", ".join(sorted(p.stem for p in (ROOT / "conf/method").glob("*.yaml")))
@@ -51,6 +52,28 @@ def test_a_mistake_ends_with_one_line_and_status_2_before_anything_is_started(
 def test_a_folder_that_is_no_app_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--app", str(tmp_path)]) == 2
     assert "is not the folder of a Flower app" in capsys.readouterr().err
+    (tmp_path / "pyproject.toml").write_bytes(b"[tool.flwr]\nname = '\xff'\n")
+    assert main(["run", "--app", str(tmp_path)]) == 2
+    assert "is not the folder of a Flower app" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/run/x"), "ciphertune: /run/x: Permission denied\n"),
+        (OSError(28, "No space left on device"), "ciphertune: No space left on device\n"),
+        (OSError("odd"), "ciphertune: odd\n"),
+    ],
+)
+def test_a_file_that_nobody_thought_of_is_one_line(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli_report, "_report", fail)
+    assert main(["report", "runs/x"]) == 2
+    assert capsys.readouterr().err == said
 
 
 def test_a_run_folder_is_never_written_into_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

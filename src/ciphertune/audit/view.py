@@ -20,6 +20,7 @@ from ciphertune.adapter import Adapter, FloatArray, LoraFactors
 from ciphertune.build import session
 from ciphertune.crypto.clear import parse
 from ciphertune.errors import DataError, SettingsError, StateError, WireError
+from ciphertune.outputs import check_writable, writing
 from ciphertune.plan import Plan
 from ciphertune.runs import read_values, write, write_json
 from ciphertune.settings import Settings, from_dict
@@ -223,14 +224,19 @@ def _plans(folder: Path) -> Iterator[Plan]:
 
 
 def write_view(folder: Path, out: Path) -> View:
-    """One safetensors file of readable tensors and one JSON of everything else per message, for any attack."""
+    """One safetensors file of readable tensors and one JSON of everything else per message, for any attack.
+
+    Raises as `read_view` does, and SettingsError where `out` cannot be written.
+    """
+    check_writable(out / "broken.json", "--out")
     found = read_view(folder)
-    for one in found.seen:
-        stem = out / f"round_{one.round:04d}" / one.node
-        tensors = {name: np.ascontiguousarray(x) for name, x in one.tensors().items()}
-        write(stem.with_name(f"{stem.name}.safetensors"), save(tensors))
-        write_json(stem.with_name(f"{stem.name}.json"), about(one))
-    write_json(out / "broken.json", dict(found.broken))
+    with writing(out, "--out"):
+        for one in found.seen:
+            stem = out / f"round_{one.round:04d}" / one.node
+            tensors = {name: np.ascontiguousarray(x) for name, x in one.tensors().items()}
+            write(stem.with_name(f"{stem.name}.safetensors"), save(tensors))
+            write_json(stem.with_name(f"{stem.name}.json"), about(one))
+        write_json(out / "broken.json", dict(found.broken))
     return found
 
 
