@@ -27,7 +27,9 @@ def read(rows: list[dict[str, Any]], hidden: float, form: str) -> float:
     return next(r["recall"] for r in rows if r["hidden"] == hidden and r["form"] == form)
 
 
-@pytest.mark.parametrize(("rank", "batch", "least"), [(8, 1, 0.99), (8, 2, 0.88), (8, 4, 0.67), (16, 1, 0.99), (16, 4, 0.82)])
+@pytest.mark.parametrize(
+    ("rank", "batch", "least"), [(8, 1, 0.99), (8, 2, 0.88), (8, 4, 0.67), (16, 1, 0.99), (16, 4, 0.82)]
+)
 def test_one_gradient_gives_most_tokens_away_however_columns_are_hidden(rank: int, batch: int, least: float) -> None:
     import privacy
 
@@ -68,6 +70,6 @@ def test_an_adapter_that_learned_texts_by_heart_shows_its_members_and_the_base_m
     train(model, data.train, training, seed=0)
     model.save(tmp_path / "adapter")
     again = lm_model.load(settings, rank=16, device="cpu")
-    found = infer(again, tmp_path / "adapter", ClientData(data.train, data.heldout, ""), training, lambda: None)
+    found = infer(again, tmp_path / "adapter", ClientData(data.train, data.heldout, ""), training)
     assert found.auroc > 0.75 and found.low < found.auroc < found.high and found.min_k > 0.7
     assert abs(found.control - 0.5) < 0.15

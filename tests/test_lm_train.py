@@ -52,8 +52,7 @@ def test_the_loss_falls_on_what_it_sees_again(tmp_path: Path) -> None:
     result = train(model, sentences(model)[:2], replace(FAST, steps=60, learning_rate=2e-2), seed=0)
     assert result.losses[-1] < 0.3 * result.losses[0]
     assert result.loss == pytest.approx(np.mean(result.losses))
-    assert (result.steps, result.samples, len(result.losses)) == (60, 2, 60)
-    assert result.seconds > 0
+    assert (result.samples, len(result.losses)) == (2, 60)
 
 
 def test_the_first_loss_is_the_one_that_transformers_computes(model: LoraModel) -> None:

@@ -80,7 +80,7 @@ class Auditor:
                     return None
                 self.tick(1.0, f"membership, {node}")
                 model = self._load(adapter_rank(adapter))
-                return infer(model, adapter, data, self.view.settings.training, lambda: None)
+                return infer(model, adapter, data, self.view.settings.training)
         return None
 
     @cached_property

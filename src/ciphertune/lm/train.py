@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,7 @@ class TrainResult:
     """What a call of `train` did. Losses are in nats per target token, or per example for classification."""
 
     loss: float  # mean over the steps; NaN or infinite when training diverged
-    steps: int  # optimizer steps
     samples: int  # size of the training set, the weight of this client in an average
-    seconds: float
     losses: tuple[float, ...]  # one per step
 
 
@@ -53,7 +50,6 @@ def train(
     if not data:
         raise DataError("there is no training example: check the data settings of this client")
     use_threads(model, settings)
-    started = time.perf_counter()
     model.freeze(model.frozen)  # PEFT's disable_adapter() leaves every factor trainable
     parameters = model.trainable()
     optimizer = _optimizer(parameters, settings)
@@ -73,8 +69,7 @@ def train(
     model.model.eval()
     if state is not None and _finite(optimizer):  # a step that went to NaN must not spoil the next round
         _store(optimizer, parameters, state)
-    seconds = time.perf_counter() - started
-    return TrainResult(float(np.mean(losses)), settings.steps, len(data), seconds, tuple(losses))
+    return TrainResult(float(np.mean(losses)), len(data), tuple(losses))
 
 
 def _step(
