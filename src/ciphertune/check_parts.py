@@ -12,6 +12,7 @@ from pathlib import Path
 from ciphertune.errors import DataError, KeyFileError, ModelError
 from ciphertune.node import NodeSettings
 from ciphertune.plan import HeadShape, LayerShape
+from ciphertune.scores import size
 from ciphertune.settings import Settings
 from ciphertune.shapes import is_known, model_shapes
 
@@ -135,9 +136,3 @@ def device(node: Node) -> str:
 def weights(folder: Path) -> list[Path]:
     """The files that hold a model's weights."""
     return next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
-
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 
 from ciphertune.calibration import Calibration
-from ciphertune.check_parts import Node, size, weights
+from ciphertune.check_parts import Node, weights
 from ciphertune.errors import SettingsError
 from ciphertune.forecast import forecast
+from ciphertune.scores import size
 from ciphertune.settings import ClientSettings
 
 _BASE = 800 << 20  # bytes of a client's process with Python, torch and transformers loaded, and of its SuperNode
