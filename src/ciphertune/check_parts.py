@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ciphertune.errors import DataError, KeyFileError, ModelError
+from ciphertune.model_folder import TOKENIZER_FILES, resolve
 from ciphertune.node import NodeSettings
 from ciphertune.plan import HeadShape, LayerShape
 from ciphertune.scores import size
@@ -17,7 +18,6 @@ from ciphertune.settings import Settings
 from ciphertune.shapes import is_known, model_shapes
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def data(node: Node) -> str:
 def model(node: Node) -> str:
     """The model: a folder with configuration, weights and tokenizer, or a hub model that was downloaded before."""
     name, folder = node.settings.model.name, node.folder
-    for what, patterns in (("weights", _WEIGHTS), ("tokenizer", _TOKENIZERS)):
+    for what, patterns in (("weights", _WEIGHTS), ("tokenizer", TOKENIZER_FILES)):
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise ModelError(f"model.name={name!r} has no {what} in {folder}: copy the whole model there")
     layers, heads = node.shapes
@@ -103,24 +103,14 @@ def model(node: Node) -> str:
 
 def model_folder(name: str) -> Path:
     """Where the model's files are. Raises ModelError when they are not on this machine."""
-    if not name:
-        raise ModelError("model.name is empty: give the overrides of the run")
-    if name == "embedded":
-        folder = Path(__file__).parent / "assets" / "base"
-    elif (folder := Path(name).expanduser()).is_dir():
-        pass
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name={name!r} is not a folder on this machine: copy the model there")
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    if Path(where := resolve(name)).is_dir():
+        return Path(where)
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(name, "config.json")
-        if not isinstance(cached, str):
-            raise ModelError(f"model.name={name!r} has not been downloaded on this machine: hf download {name}")
-        folder = Path(cached).parent
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.name={name!r} has no config.json in {folder}: give the folder of a transformers model")
-    return folder
+    cached = try_to_load_from_cache(where, "config.json")
+    if not isinstance(cached, str):
+        raise ModelError(f"model.name={name!r} has not been downloaded on this machine: hf download {name}")
+    return Path(cached).parent
 
 
 def device(node: Node) -> str:
