@@ -55,7 +55,7 @@ def test_check_plan_and_loader_say_the_same_of_a_folder_that_holds_no_model(
     assert said == {f"model.name='{tmp_path}' has no config.json: give the folder of a transformers model"}
     monkeypatch.setattr(model_folder, "_EMBEDDED", tmp_path / "none")
     for look in (resolve, check_parts.model_folder, shapes.is_known):
-        with pytest.raises(CiphertuneError, match="missing from this installation .*: install the package anew"):
+        with pytest.raises(CiphertuneError, match=r"missing from this installation .*: install the package anew"):
             look("embedded")
 
 

@@ -58,7 +58,10 @@ class Node:
 
 
 def key(node: Node) -> str:
-    """The key file: there, private, whole, and made for the run's parameters. Shows its fingerprint."""
+    """The key file: there, private, whole, and made for the run's parameters. Shows its fingerprint.
+
+    Raises KeyFileError.
+    """
     from ciphertune.crypto import keys, words
     from ciphertune.presets import params_digest, preset
 
@@ -77,7 +80,7 @@ def key(node: Node) -> str:
 
 
 def data(node: Node) -> str:
-    """The text: readable, every line as the task wants it, and how much there is."""
+    """The text: readable, every line as the task wants it, and how much there is. Raises DataError."""
     name, train, heldout, _ = node.texts
     if not train:
         raise DataError(f"{name}: no example is left to train on: add some, or lower data.heldout_fraction")
@@ -85,7 +88,10 @@ def data(node: Node) -> str:
 
 
 def model(node: Node) -> str:
-    """The model: a folder with configuration, weights and tokenizer, or a hub model that was downloaded before."""
+    """The model: a folder with configuration, weights and tokenizer, or a hub model that was downloaded before.
+
+    Raises ModelError for one that is absent or incomplete, SettingsError for targets or a rank that do not fit it.
+    """
     name, folder = node.settings.model.name, node.folder
     for what, patterns in (("weights", _WEIGHTS), ("tokenizer", TOKENIZER_FILES)):
         if not any(path for pattern in patterns for path in folder.glob(pattern)):

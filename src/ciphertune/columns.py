@@ -141,14 +141,14 @@ def join_columns(clear: Sequence[Factors], rows: Vector, plan: Plan, tier: int) 
 
 
 def in_code_order(a: FloatArray, codes: Codes) -> FloatArray:
-    """Columns moved from their numbers to their codes."""
+    """Columns of a, (r, n), moved from their numbers to their codes: column j is at codes[j], codes being (n,)."""
     out = np.empty_like(a)
     out[:, codes] = a
     return out
 
 
 def in_column_order(a: FloatArray, codes: Codes) -> FloatArray:
-    """The inverse of `in_code_order`."""
+    """The inverse of `in_code_order`: of (r, n) by code, column j is the one at codes[j]."""
     return a[:, codes]
 
 

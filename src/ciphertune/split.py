@@ -60,9 +60,10 @@ def pack(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Vector:
 
 
 def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
-    """`base` with its heads and the given factors replaced by what `pack` packed.
+    """`base` with its heads and the given factors replaced by what `pack` packed, (count,), in the types of `base`.
 
-    Fewer components than the base has replace its first ones. Raises PlanMismatchError.
+    Fewer components than the base has replace its first ones. Raises PlanMismatchError when `base` is not of the plan's
+    shape, or the values are no whole number of components or more than it has.
     """
     check_shape(base, plan)
     size = component_size(plan, factors)
@@ -96,7 +97,10 @@ def pack_heads(adapter: Adapter, plan: Plan) -> Vector:
 
 
 def join_heads(packed: Vector, plan: Plan, base: Adapter) -> dict[str, FloatArray]:
-    """The inverse of `pack_heads`, from the beginning of `packed`, in the types of `base`."""
+    """The inverse of `pack_heads`: each head in its shape, from the beginning of `packed`, in the types of `base`.
+
+    packed: (count,), of at least the heads' sizes; what follows them is not looked at.
+    """
     heads: dict[str, FloatArray] = {}
     for head, values in zip(plan.heads, cut(packed, tuple(h.size for h in plan.heads)), strict=True):
         heads[head.name] = values.reshape(head.shape).astype(base.heads[head.name].dtype)
@@ -115,7 +119,7 @@ def keep_own(base: Adapter, trained: Adapter, shared: int) -> Adapter:
 
 
 def cut(packed: Vector, sizes: tuple[int, ...]) -> tuple[Vector, ...]:
-    """`packed` in pieces of the given sizes."""
+    """`packed`, (count,), in pieces of the given sizes, as views; what lies beyond their sum is left out."""
     ends = list(accumulate(sizes, initial=0))
     return tuple(packed[a:b] for a, b in pairwise(ends))
 

@@ -92,12 +92,18 @@ def score_columns(
 
 
 def wish(found: Sequence[Scores], codes: Sequence[Codes], share: float) -> list[list[int]]:
-    """Per layer the codes of the most sensitive columns that a budget pays for, most sensitive first."""
+    """Per layer the codes of the most sensitive columns that a budget pays for, most sensitive first.
+
+    found, codes: (n,) per layer, by column number.  share: of a layer's columns, 0 to 1.
+    """
     return [c[top(s, column_count(s.size, share))].tolist() for s, c in zip(found, codes, strict=True)]
 
 
 def keep_scores(folder: Path, run: int, found: Sequence[Scores]) -> None:
-    """Keep the scores on the node, until it knows which columns it got."""
+    """Keep the scores, (n,) per layer in the plan's order, on the node until it knows which columns it got.
+
+    Raises OSError where they cannot be written.
+    """
     write(_scores_file(folder, run), save({f"{i:05d}": s for i, s in enumerate(found)}))
 
 
@@ -111,7 +117,10 @@ def agreed_tier(plan: Plan, share: float) -> int:
 
 
 def tell_coverage(node: NodeSettings, run: int, plan: Plan, share: float, codes: Sequence[Codes]) -> None:
-    """Say once, in this node's log, what it got of what it asked for, by its own scores."""
+    """Say once, in this node's log, what it got of what it asked for, by its own scores.
+
+    share: this node's budget, of A's columns.  codes: (n,) per layer, the code of each column. Damaged scores are said.
+    """
     path = _scores_file(node.folder, run)
     if not path.is_file():
         return

@@ -71,14 +71,17 @@ def infer(model: LoraModel, adapter: Path, data: ClientData, settings: TrainingS
 
 
 def auroc(members: Scores, others: Scores) -> float:
-    """The probability that a member's loss is below another's, ties counted half."""
+    """The probability that a member's loss is below another's, ties counted half, from 0 to 1.
+
+    members, others: (count,) each, at least one; of any unit, lower for what the model knows better.
+    """
     ranks = rankdata(np.concatenate([members, others]))
     over = ranks[: members.size].sum() - members.size * (members.size + 1) / 2
     return float(1 - over / (members.size * others.size))
 
 
 def interval(members: Scores, others: Scores) -> tuple[float, float]:
-    """95 % percentile bootstrap of the AUROC."""
+    """The 95 % percentile bootstrap interval of `auroc` over both groups; all of 0 to 1 for fewer than two in one."""
     if min(members.size, others.size) < 2:
         return 0.0, 1.0
     found = bootstrap(
@@ -88,7 +91,10 @@ def interval(members: Scores, others: Scores) -> tuple[float, float]:
 
 
 def tpr_at(members: Scores, others: Scores, rate: float) -> float:
-    """The share of members that is found where at most `rate` of the others is taken for members."""
+    """The share of members, 0 to 1, that is found where at most a share `rate` of the others is taken for members.
+
+    members, others: (count,) losses; `rate` is from 0 to below 1, and whole others are counted.
+    """
     allowed = int(rate * others.size)
     threshold = np.sort(others)[allowed]  # strictly below it lie at most `allowed` others
     return float(np.mean(members < threshold))

@@ -98,7 +98,10 @@ class LoraModel:
                 base.weight.add_(values.to(base.weight))
 
     def freeze(self, factor: str) -> None:
-        """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train."""
+        """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train.
+
+        Raises ValueError for any other factor.
+        """
         if factor not in ("", "a", "b"):
             raise ValueError(f"factor {factor!r}: want 'a', 'b' or ''")
         self.frozen = factor
