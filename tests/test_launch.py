@@ -98,6 +98,28 @@ def test_ciphertune_run_prints_the_table_and_exits_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "sealed"])
+def test_a_run_is_audited_as_a_user_does_it(method: str, tmp_path: Path) -> None:
+    two = ["federation.clients=[{rank:4},{rank:8}]", "federation.min_clients=2", "federation.compare_local=false"]
+    words = [f"method={method}", "record_server_view=true", *two, *SMALL]
+    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=it", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    viewed = ciphertune("view", str(tmp_path / "it"), "--out", str(tmp_path / "view"))
+    audited = ciphertune("audit", str(tmp_path / "it"))
+    assert viewed.returncode == audited.returncode == 0, viewed.stderr + audited.stderr
+    said, found = " ".join(audited.stdout.split()), json.loads((tmp_path / "it/audit.json").read_text())
+    assert f"4 messages, {found['clear_tensors']} clear tensors" in viewed.stdout
+    read = [(r["round"], r["recall"]) for r in found["attacks"] if r["recall"] > 0]
+    if method == "sealed":
+        assert "passed: nothing to attack: 0 clear tensors" in said and found["clear_tensors"] == 0
+        assert read == []
+    else:
+        assert "of the tokens of client-" in said and "nothing to attack" not in said
+        assert found["clear_tensors"] >= 4 * 2 and {1, None} <= {round_ for round_, _ in read}
+    assert found["membership"]["members"] > 0 and any("training examples: client-0" in x for x in found["metadata"])
+
+
+@pytest.mark.slow
 def test_ciphertune_run_exits_1_and_says_why_when_the_run_fails(tmp_path: Path) -> None:
     done = ciphertune("run", "--runs-dir", str(tmp_path), "name=bad", "model.targets=[q_prj]", *SMALL)
     assert done.returncode == 1
