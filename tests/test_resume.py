@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -378,16 +379,16 @@ def test_a_round_with_too_few_usable_updates_is_begun_again_as_if_it_had_not_bee
 def test_a_client_whose_disk_is_full_says_so_in_one_line_and_comes_back(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, data: bytes) -> int:
-        if "client-1" in path.parts and "before" in path.parts and len(left) < 2:
+    def full(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.is_file() and "client-1" in path.parts and "before" in path.parts and len(left) < 2:
             left.append(path)
-            path.touch()
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return original(path, data)
+        original(handle)
 
     left: list[Path] = []
-    original = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", full)
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
     nodes: dict[int, dict[str, Any]] = {
         k: {"name": f"client-{k}", "rank": 4, "data-path": f"{lab.folder}/lab-{k}.jsonl", "allow-clear": True}
         | {"run-dir": str(lab.folder / "own")}

@@ -212,12 +212,12 @@ def write(path: Path, data: bytes) -> None:
 
 def _keep_names(folder: Path) -> None:
     """Have the names in a folder on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no such call for folders
+    with suppress(OSError):  # some network file systems have no such call for folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
