@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ciphertune.runs import read_lines
 from ciphertune.versions import versions
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,7 @@ def slope(values: Sequence[float]) -> float:
 
 def report(folder: Path, peaks: Sequence[float]) -> dict[str, Any]:
     """Figures per round, and the growth over the second half of them."""
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    lines, _ = read_lines(folder)
     ends = [line for line in lines if line["stage"] == "round"]
     updates = [line for line in lines if line["stage"] == "update"]
     states = sorted(folder.glob("server/state_*.json"))

@@ -6,7 +6,7 @@
 
 Two rounds of each method are made of real messages (`seal`, the server's sum, `unseal`), so that a method which
 alternates between the factors counts both. Plaintext FedAvg sends both factors in float32, both ways. Bytes are exact;
-those of a round of 1000 clients follow from `wire.sizes`. Seconds are of the processor; read them as ratios.
+those of a round of 1000 clients follow from `wire.message_size`. Seconds are of the processor; read them as ratios.
 A run's rounds.jsonl says how long its clients sealed, unsealed, loaded, trained and evaluated, in wall time.
 Results go to benchmarks/results/round.json.
 """
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +37,9 @@ from ciphertune.build import make_plan, session
 from ciphertune.build_client import fresh_part
 from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
+from ciphertune.planning import loads
 from ciphertune.ranks import Contributor
+from ciphertune.runs import read_lines, read_values
 from ciphertune.settings import compose
 from ciphertune.versions import versions
 
@@ -105,19 +106,11 @@ def adapter(layers: tuple[LayerShape, ...], rank: int, rng: np.random.Generator)
     )
 
 
-def message_bytes(link: wire.Session, kind: int, round_: int, rank: int, people: Sequence[Contributor]) -> int:
-    """Bytes of a message without making one: all that is no part of it is in an empty one."""
-    empty = wire.Message(kind, link.plan.factors(round_), round_, 0, rank, 1, tuple(people), b"", b"")
-    return len(wire.encode(empty, link)) + sum(wire.sizes(link, kind, round_, rank, people))
-
-
 def many_bytes(link: wire.Session, ranks: tuple[int, ...]) -> tuple[float, float]:
     """Mean bytes up and down per client of a round of a thousand of these ranks."""
-    people = [Contributor(ranks[k % len(ranks)], 1) for k in range(MANY)]
-    cells = [(round_, rank) for round_ in (0, 1) for rank in ranks]
-    up = [message_bytes(link, wire.UPDATE, round_, rank, [Contributor(rank, 1)]) for round_, rank in cells]
-    down = [message_bytes(link, wire.AGGREGATE, round_, rank, people) for round_, rank in cells]
-    return statistics.fmean(up), statistics.fmean(down)
+    people = tuple(Contributor(ranks[k % len(ranks)], 1) for k in range(MANY))
+    found = [load for round_ in (0, 1) for load in loads(link, people, round_)]
+    return statistics.fmean(load.up for load in found), statistics.fmean(load.down for load in found)
 
 
 def measure(overrides: Sequence[str], shape: Shape, repeat: int) -> dict[str, Any]:
@@ -195,13 +188,12 @@ def describe(shape: Shape, repeat: int) -> dict[str, Any]:
 def share_of_run(folder: Path) -> dict[str, Any]:
     """How much of its clients' rounds a finished run spent on cryptography, packing and framing included."""
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for line in (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_lines(folder)[0]:
         if row["node"] != "server" and row["stage"] in ROUND:
             totals[row["node"]][row["stage"]] += row["seconds"]
     if not totals:
         raise SystemExit(f"{folder.name}/rounds.jsonl holds no stage of a client")
-    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    settings = read_values(folder / "settings.yaml")
     seconds = {stage: sum(node.get(stage, 0.0) for node in totals.values()) for stage in ROUND}
     spent = sum(seconds[stage] for stage in CRYPTOGRAPHY)
     return {

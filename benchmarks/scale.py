@@ -37,15 +37,14 @@ from rich.table import Table
 
 from ciphertune import exchange, wire
 from ciphertune.adapter import Adapter, LoraFactors
-from ciphertune.aggregation import SeparateSum, cut
-from ciphertune.build import session
+from ciphertune.aggregation import cut
+from ciphertune.build import round_sum, session
 from ciphertune.build_client import fresh_part, generate_key, open_key
 from ciphertune.calibration import Calibration
 from ciphertune.crypto import keys
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.forecast import forecast
 from ciphertune.planning import settings_of, settle
-from ciphertune.product import ProductSum
 from ciphertune.shapes import model_shapes
 from ciphertune.versions import versions
 
@@ -137,8 +136,7 @@ def seal(work: Work) -> Report:
 def serve(work: Work) -> Report:
     """The server: adds the updates one by one, and writes each client's answer."""
     link, watch = work.link((work.folder / "fingerprint").read_bytes()), Watch()
-    kind = SeparateSum if work.plan.aggregate == "separate" else ProductSum
-    total = kind(link, work.round, work.total)
+    total = round_sum(link, work.round, work.total)
     for k, who in enumerate(work.people):
         data = (work.folder / f"update-{k}").read_bytes()
         with watch.time("add"):

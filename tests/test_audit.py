@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +15,14 @@ import torch
 from safetensors.numpy import load_file
 from tiny import SENTENCES, tiny_llama
 
-from ciphertune import cli, pruning, wire
+from ciphertune import cli, pruning, runs, wire
+from ciphertune.audit import run as audit_run
 from ciphertune.audit import view as audit_view
 from ciphertune.audit.known import column_numbers, moved
 from ciphertune.audit.run import audit
 from ciphertune.audit.truth import data_of, trained_on
 from ciphertune.crypto.indices import permutation
+from ciphertune.errors import DataError, ModelError
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 
@@ -269,6 +272,119 @@ def test_a_run_that_recorded_nothing_says_how_to_record(
     run = lab("method=fedavg federation.rounds=1")
     assert cli.main(["audit", str(run)]) == 2
     assert "record_server_view=true" in capsys.readouterr().err
+
+
+@pytest.fixture
+def clear(lab: Callable[..., Any]) -> Path:
+    """Three rounds in the clear."""
+    run: Path = lab(f"method=fedavg {RECORDED} federation.rounds=3")
+    return run
+
+
+def test_damaged_lines_of_a_run_are_left_out_and_said(clear: Path) -> None:
+    whole = audit(clear)
+    lines = (clear / "rounds.jsonl").read_bytes()
+    (clear / "rounds.jsonl").write_bytes(b"[]\n" + lines + b'\xff\n{"round": 2, "stage": "up')
+    report = audit(clear)
+    at = lines.count(b"\n")
+    lost = f"rounds.jsonl: 3 damaged lines left out (lines 1, {at + 2}, {at + 3})"
+    assert report.attacks == whole.attacks
+    assert set(report.metadata) == {*whole.metadata, lost}
+
+
+@pytest.mark.parametrize("text", [b"method: \xff\n", b"- 1\n", b"method: [\n", b""])
+def test_a_run_with_damaged_settings_is_refused_in_one_line(
+    text: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_bytes(text)
+    for words in (["audit", str(tmp_path)], ["view", str(tmp_path), "--out", str(tmp_path / "out")]):
+        assert cli.main(words) == 2
+        wanted = f"ciphertune: {tmp_path} is not a run folder: it has no readable settings.yaml"
+        assert capsys.readouterr().err.strip() == wanted
+
+
+def test_what_is_no_round_and_no_plan_is_named(clear: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (clear / "server_view/round_0001").rename(clear / "server_view/round_old")
+    assert cli.main(["audit", str(clear)]) == 2
+    assert "server_view/round_old is the folder of no round: move it out" in capsys.readouterr().err
+    (clear / "server_view/round_old").rename(clear / "server_view/round_0001")
+    (clear / "plan.json").write_bytes(b"\xff")
+    assert cli.main(["audit", str(clear)]) == 2
+    wanted = f"ciphertune: {clear / 'plan.json'} is damaged: put it back from a copy"
+    assert capsys.readouterr().err.strip() == wanted
+
+
+@pytest.mark.parametrize("missing", [(0, 1, 2), (0,), (1,)])
+def test_without_the_means_that_a_round_began_from_an_attack_is_refused_not_led_astray(
+    clear: Path, missing: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for round_ in missing:
+        (clear / f"server/round_{round_:04d}.msg").unlink()
+    assert cli.main(["audit", str(clear), "--max-recall", "0.9"]) == 2
+    name = f"server/round_{missing[0]:04d}.msg"
+    assert f"{clear / name} is missing: without it nobody knows from where" in capsys.readouterr().err
+
+
+def test_without_a_readable_mean_she_lora_is_not_called_safe(lab: Callable[..., Any]) -> None:
+    run = lab(f"method=she_lora {RECORDED} {PRODUCT} training.learning_rate=0.001")
+    path = run / "server/round_0000.msg"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"round_0000\.msg cannot be used \("):
+        audit(run)
+    path.unlink()
+    with pytest.raises(DataError, match=r"round_0000\.msg is missing"):
+        audit(run)
+
+
+def _where_nothing_can_be_written(run: Path) -> list[list[str]]:
+    (run / "audit.json").mkdir(exist_ok=True)
+    return [[], ["--json", str(run)], ["--json", str(run / "settings.yaml/x.json")]]
+
+
+def test_where_the_result_cannot_go_the_audit_says_so_before_it_attacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_run, "audit", lambda *_, **__: pytest.fail("it attacked"))
+    (tmp_path / "settings.yaml").write_text("")
+    for words in _where_nothing_can_be_written(tmp_path):
+        assert cli.main(["audit", str(tmp_path), *words]) == 2
+        err = capsys.readouterr().err.strip()
+        assert err.startswith("ciphertune: ") and err.endswith("): give another --json") and "\n" not in err
+        assert (words[1] if words else str(tmp_path / "audit.json")) in err
+    assert cli.main(["audit", "--before", "--json", str(tmp_path)]) == 2
+    assert "cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_in_the_end_does_not_take_the_result_away(
+    lab: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = lab(f"method=sealed {RECORDED} federation.rounds=1")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runs, "write_json", full)
+    assert cli.main(["audit", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert "passed: nothing to attack: 0 clear tensors" in out
+    assert err.strip() == (
+        f"ciphertune: {run / 'audit.json'} cannot be written (No space left on device): give another --json"
+    )
+
+
+def test_a_view_is_not_written_over_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert cli.main(["view", str(tmp_path), "--out", str(tmp_path / "file")]) == 2
+    assert "file/broken.json cannot be written (Not a directory): give another --out" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"r": "x"}'])
+def test_a_finished_adapter_that_is_damaged_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is absent or damaged: put it back"):
+        audit_run.adapter_rank(tmp_path)
 
 
 torch.set_num_threads(1)

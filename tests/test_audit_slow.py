@@ -70,6 +70,6 @@ def test_an_adapter_that_learned_texts_by_heart_shows_its_members_and_the_base_m
     train(model, data.train, training, seed=0)
     model.save(tmp_path / "adapter")
     again = lm_model.load(settings, rank=16, device="cpu")
-    found = infer(again, tmp_path / "adapter", ClientData(data.train, data.heldout, ""), training, lambda: None)
+    found = infer(again, tmp_path / "adapter", ClientData(data.train, data.heldout, ""), training)
     assert found.auroc > 0.75 and found.low < found.auroc < found.high and found.min_k > 0.7
     assert abs(found.control - 0.5) < 0.15

@@ -10,7 +10,7 @@ import pytest
 
 from ciphertune import merging
 from ciphertune.adapter import Adapter, LoraFactors
-from ciphertune.errors import FormatError, PlanMismatchError, RangeError, SettingsError
+from ciphertune.errors import FormatError, RangeError, SettingsError, StateError
 from ciphertune.ranks import LARGEST_NORM, norm_weight
 from ciphertune.settings import compose
 from tests.baseline_cases import (
@@ -259,9 +259,9 @@ def test_flora_sum_that_is_damaged_is_refused_and_not_started_anew(tmp_path: Pat
     merging.merge(tmp_path, 7, 0, run.received(run.clients[0]))
     (path,) = (tmp_path / "state").iterdir()
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(PlanMismatchError, match="cannot be read back"):
+    with pytest.raises(StateError, match="cannot be read back"):
         merging.merged(tmp_path, 7)
-    with pytest.raises(PlanMismatchError, match="cannot be read back"):
+    with pytest.raises(StateError, match="cannot be read back"):
         merging.merge(tmp_path, 7, 1, run.received(run.clients[0]))
 
 

@@ -23,7 +23,7 @@ from federations import Lab
 from safetensors.numpy import load_file
 from tiny import SENTENCES, write_lines
 
-from ciphertune import check_link, check_node, check_parts, check_room
+from ciphertune import check_link, check_node, check_room
 from ciphertune.check_link import Link
 from ciphertune.check_node import Line
 from ciphertune.cli import main
@@ -440,9 +440,3 @@ def test_a_surprise_in_one_line_is_one_line_and_hides_no_other(
     with serving(authority) as address:
         lines = look(link=Link(address, str(authority / "public/ca.crt")))
     assert failed(lines) == [name] and lines[name].text == "unexpected RuntimeError: out of the blue"
-
-
-def test_what_the_table_looks_at_is_the_same_tokenizer_files_as_the_loader() -> None:
-    from ciphertune.lm.base import _TOKENIZER_FILES
-
-    assert set(check_parts._TOKENIZERS) == set(_TOKENIZER_FILES)

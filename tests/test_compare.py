@@ -176,6 +176,15 @@ def test_a_mistake_in_any_row_is_one_line_and_status_2_before_anything_is_starte
     assert runner.started == [] and not (tmp_path / "out").exists()
 
 
+def test_a_comparison_is_not_written_over_a_file(
+    tmp_path: Path, runner: Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert go(tmp_path / "file", "method=fedavg", "seeds=1") == 2
+    assert f"{tmp_path / 'file'} cannot be written (File exists): give another --out" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept" and not runner.started
+
+
 def test_a_row_takes_the_only_method_there_is(tmp_path: Path, runner: Runner) -> None:
     assert go(tmp_path, "method=fedavg", "--row", "few: training.steps=1", "seeds=1") == 0
     assert "method=fedavg" in runner.commands[1] and "training.steps=1" in runner.commands[1]
@@ -223,8 +232,18 @@ def test_an_interrupt_ends_the_runs_that_go_on(tmp_path: Path, monkeypatch: pyte
     [
         ("settings.yaml", "steps: 20", "steps: 21", "holds a run with training.steps=21, not 20: give another --out"),
         ("settings.yaml", "method:", "methods:", "holds a run with"),
-        ("settings.yaml", "seed: 0", "seed: [", "whose settings cannot be read"),
+        ("settings.yaml", "seed: 0", "seed: [", "settings.yaml cannot be read back (it is damaged)"),
+        ("settings.yaml", "seed: 0", "seed: \0", "settings.yaml cannot be read back (it is damaged)"),
         ("versions.json", code_digest(), "0123", "holds a run of other code (0123, now"),
+        ("summary.json", "}", "", "summary.json cannot be read back (it is damaged)"),
+        ("summary.json", '"nodes"', '"knots"', "lacks figures of a finished run ('nodes')"),
+        (
+            "rounds.jsonl",
+            '{"round": 1, "node": "client-1", "stage": "seal"',
+            "{{",
+            "rounds.jsonl is damaged in line 17",
+        ),
+        ("rounds.jsonl", '"seconds": 10.0', '"minutes": 10.0', "lacks figures of a finished run ('seconds')"),
     ],
 )
 def test_a_finished_run_of_something_else_is_refused_and_kept(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from ciphertune import cli_report
 from ciphertune.cli import main
 
 METHODS = ", ".join(sorted(p.stem for p in (ROOT / "conf/method").glob("*.yaml")))
@@ -51,6 +52,28 @@ def test_a_mistake_ends_with_one_line_and_status_2_before_anything_is_started(
 def test_a_folder_that_is_no_app_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--app", str(tmp_path)]) == 2
     assert "is not the folder of a Flower app" in capsys.readouterr().err
+    (tmp_path / "pyproject.toml").write_bytes(b"[tool.flwr]\nname = '\xff'\n")
+    assert main(["run", "--app", str(tmp_path)]) == 2
+    assert "is not the folder of a Flower app" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/run/x"), "ciphertune: /run/x: Permission denied\n"),
+        (OSError(28, "No space left on device"), "ciphertune: No space left on device\n"),
+        (OSError("odd"), "ciphertune: odd\n"),
+    ],
+)
+def test_a_file_that_nobody_thought_of_is_one_line(
+    error: OSError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli_report, "_report", fail)
+    assert main(["report", "runs/x"]) == 2
+    assert capsys.readouterr().err == said
 
 
 def test_a_run_folder_is_never_written_into_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +95,28 @@ def test_ciphertune_run_prints_the_table_and_exits_0(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "ok/summary.json").read_text())["status"] == "completed"
     for k in range(4):
         assert (tmp_path / f"ok/clients/client-{k}/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fedavg", "sealed"])
+def test_a_run_is_audited_as_a_user_does_it(method: str, tmp_path: Path) -> None:
+    two = ["federation.clients=[{rank:4},{rank:8}]", "federation.min_clients=2", "federation.compare_local=false"]
+    words = [f"method={method}", "record_server_view=true", *two, *SMALL]
+    done = ciphertune("run", "--runs-dir", str(tmp_path), "name=it", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    viewed = ciphertune("view", str(tmp_path / "it"), "--out", str(tmp_path / "view"))
+    audited = ciphertune("audit", str(tmp_path / "it"))
+    assert viewed.returncode == audited.returncode == 0, viewed.stderr + audited.stderr
+    said, found = " ".join(audited.stdout.split()), json.loads((tmp_path / "it/audit.json").read_text())
+    assert f"4 messages, {found['clear_tensors']} clear tensors" in viewed.stdout
+    read = [(r["round"], r["recall"]) for r in found["attacks"] if r["recall"] > 0]
+    if method == "sealed":
+        assert "passed: nothing to attack: 0 clear tensors" in said and found["clear_tensors"] == 0
+        assert read == []
+    else:
+        assert "of the tokens of client-" in said and "nothing to attack" not in said
+        assert found["clear_tensors"] >= 4 * 2 and {1, None} <= {round_ for round_, _ in read}
+    assert found["membership"]["members"] > 0 and any("training examples: client-0" in x for x in found["metadata"])
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ciphertune.adapter import Adapter
 from ciphertune.errors import DataError, ModelError
+from ciphertune.lm import activations
 from ciphertune.lm.activations import input_norms, weight_columns
 from ciphertune.lm.data import Encoded
 from ciphertune.lm.model import LoraModel, load
@@ -126,10 +127,8 @@ def test_norms_are_those_of_unpadded_examples_whatever_the_batch_size(model: Lor
 @pytest.mark.parametrize("samples", [1, 3, 8])
 def test_the_first_samples_are_used_and_no_more(llama: LoraModel, samples: int) -> None:
     data = examples(llama)
-    seen: list[tuple[int, int]] = []
-    found = input_norms(llama, data, ONE_THREAD, samples=samples, progress=lambda *counts: seen.append(counts))
+    found = input_norms(llama, data, ONE_THREAD, samples=samples)
     assert_close(found, oracle(llama, data[:samples]))
-    assert seen == [(min(done, samples), samples) for done in range(3, samples + 3, 3)]
     never = Encoded((10**6,), (10**6,))  # the model would raise
     assert_close(input_norms(llama, [*data[:samples], never], ONE_THREAD, samples=samples), found)
 
@@ -225,9 +224,21 @@ def test_nothing_of_the_model_changes(model: LoraModel) -> None:
     assert all(parameter.grad is None for parameter in model.model.parameters())
 
 
-def test_hooks_are_gone_afterwards_also_after_an_exception(llama: LoraModel) -> None:
+def before_every_batch(monkeypatch: pytest.MonkeyPatch, look: Callable[[], object]) -> None:
+    collate = activations.collate
+
+    def looked(*words: Any) -> Any:
+        look()
+        return collate(*words)
+
+    monkeypatch.setattr(activations, "collate", looked)
+
+
+def test_hooks_are_gone_afterwards_also_after_an_exception(llama: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
     during: list[int] = []
-    input_norms(llama, examples(llama), ONE_THREAD, samples=8, progress=lambda *_: during.append(hooks(llama)))
+    with monkeypatch.context() as patch:
+        before_every_batch(patch, lambda: during.append(hooks(llama)))
+        input_norms(llama, examples(llama), ONE_THREAD, samples=8)
     assert during == [6, 6, 6]  # three layers in each of two blocks
     assert hooks(llama) == 0
     llama.model.train()
@@ -236,15 +247,16 @@ def test_hooks_are_gone_afterwards_also_after_an_exception(llama: LoraModel) -> 
         input_norms(llama, [*examples(llama), unknown], ONE_THREAD, samples=9)
     assert hooks(llama) == 0 and llama.model.training
 
-    def stop(done: int, of: int) -> None:
+    def stop() -> None:
         raise KeyboardInterrupt
 
+    before_every_batch(monkeypatch, stop)
     with pytest.raises(KeyboardInterrupt):
-        input_norms(llama, examples(llama), ONE_THREAD, samples=8, progress=stop)
+        input_norms(llama, examples(llama), ONE_THREAD, samples=8)
     assert hooks(llama) == 0 and llama.model.training
 
 
-def test_no_activation_is_kept(model: LoraModel) -> None:
+def test_no_activation_is_kept(model: LoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two batches no new tensor of numbers lives that has more than one dimension."""
 
     def living() -> dict[int, torch.Tensor]:
@@ -254,10 +266,11 @@ def test_no_activation_is_kept(model: LoraModel) -> None:
     before = living()
     new: list[tuple[int, ...]] = []
 
-    def look(done: int, of: int) -> None:
+    def look() -> None:
         new.extend(tuple(x.shape) for key, x in living().items() if key not in before)
 
-    input_norms(model, examples(model), ONE_THREAD, samples=8, progress=look)
+    before_every_batch(monkeypatch, look)
+    input_norms(model, examples(model), ONE_THREAD, samples=8)
     new.extend(tuple(x.shape) for key, x in living().items() if key not in before)
     assert new == []
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ciphertune.errors import ModelError
-from ciphertune.lm.model import load, load_tokenizer, resolve
+from ciphertune import check_parts, model_folder, shapes
+from ciphertune.errors import CiphertuneError, ModelError
+from ciphertune.lm.model import load, load_tokenizer
+from ciphertune.model_folder import resolve
 from ciphertune.settings import ModelSettings
 from tests.tiny import tiny_bert, tiny_llama
 
@@ -40,6 +42,21 @@ def test_resolve(tmp_path: Path, llama: ModelSettings) -> None:
         with pytest.raises(ModelError, match=message) as caught:
             resolve(name)
         assert "\n" not in str(caught.value)
+
+
+def test_check_plan_and_loader_say_the_same_of_a_folder_that_holds_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = set()
+    for look in (resolve, check_parts.model_folder, shapes.is_known):
+        with pytest.raises(CiphertuneError) as caught:
+            look(str(tmp_path))
+        said.add(str(caught.value))
+    assert said == {f"model.name='{tmp_path}' has no config.json: give the folder of a transformers model"}
+    monkeypatch.setattr(model_folder, "_EMBEDDED", tmp_path / "none")
+    for look in (resolve, check_parts.model_folder, shapes.is_known):
+        with pytest.raises(CiphertuneError, match=r"missing from this installation .*: install the package anew"):
+            look("embedded")
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

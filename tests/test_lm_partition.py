@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ciphertune.errors import DataError
+from ciphertune.lm import partition
 from ciphertune.lm.data import ClientData, load_client_data
 from ciphertune.lm.formats import Row, read_jsonl
 from ciphertune.lm.partition import divide, load_hub
@@ -114,6 +115,37 @@ def test_what_cannot_be_divided_is_one_line(partition: str, alpha: float, client
     with pytest.raises(DataError, match=f"dirichlet among {clients} clients .*raise data.dirichlet_alpha") as caught:
         divide(rows, data, client=0, clients=clients)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ours", ["_key", "_named_labels", "Row"])
+def test_a_defect_of_ours_is_not_blamed_on_the_data(
+    ours: str, rows: list[Row], hub: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(partition, ours, broken)
+    with pytest.raises(TypeError, match="a defect"):
+        if ours == "_key":
+            divide(rows, replace(JSONL, partition="dirichlet"), client=0, clients=4)
+        else:
+            load_hub(replace(HUB, dataset=hub), client=0, clients=4)
+
+
+def test_an_error_that_no_data_explains_leaves_its_trace_in_the_log(
+    rows: list[Row], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError):
+        divide(rows, replace(JSONL, partition="dirichlet"), client=0, clients=400)
+    assert not caplog.text
+
+    def changed(*_: object) -> None:
+        raise AttributeError("another version of the library")
+
+    monkeypatch.setattr(datasets.Dataset, "from_dict", changed)
+    with pytest.raises(DataError, match=r"\(AttributeError: another version of the library\): check data.partition"):
+        divide(rows, replace(JSONL, partition="iid"), client=0, clients=4)
+    assert "in changed" in caplog.text and "Traceback" in caplog.text
 
 
 def test_the_extra_is_named_when_it_is_missing(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:

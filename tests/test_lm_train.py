@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ciphertune.adapter import Adapter
-from ciphertune.errors import DataError, ModelError
+from ciphertune.errors import DataError, StateError
 from ciphertune.lm.data import Encoded
 from ciphertune.lm.model import LoraModel, load
 from ciphertune.lm.train import train
@@ -52,8 +52,7 @@ def test_the_loss_falls_on_what_it_sees_again(tmp_path: Path) -> None:
     result = train(model, sentences(model)[:2], replace(FAST, steps=60, learning_rate=2e-2), seed=0)
     assert result.losses[-1] < 0.3 * result.losses[0]
     assert result.loss == pytest.approx(np.mean(result.losses))
-    assert (result.steps, result.samples, len(result.losses)) == (60, 2, 60)
-    assert result.seconds > 0
+    assert (result.samples, len(result.losses)) == (2, 60)
 
 
 def test_the_first_loss_is_the_one_that_transformers_computes(model: LoraModel) -> None:
@@ -193,7 +192,9 @@ def test_moments_of_another_shape_are_not_used(settings: ModelSettings, tmp_path
 def test_a_damaged_state_is_named(model: LoraModel, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     state.write_bytes(b"not a state")
-    with pytest.raises(ModelError, match=r"state.safetensors is not a readable optimizer state.*delete it"):
+    with pytest.raises(
+        StateError, match=r"state.safetensors cannot be read back .*: remove it to start with fresh moments"
+    ):
         train(model, sentences(model), FAST, seed=0, state=state)
 
 

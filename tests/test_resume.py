@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,13 +141,13 @@ def test_what_was_cut_off_is_kept_apart_and_every_round_is_written_down_once(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = interrupted(lab, FOUR, 8, monkeypatch)
-    with (run / "rounds.jsonl").open("a") as file:  # as after a kill in the middle of a line
-        file.write('{"round": 2, "stage": "update", "node": "client-0"}\n{"round": 2, "sta')
+    with (run / "rounds.jsonl").open("ab") as file:  # as after a kill in the middle of a line
+        file.write(b'{"round": 2, "stage": "update", "node": "client-0"}\n{"round": 0}\n[]\n\xff\n{"round": 2, "sta')
     assert [p.stem for p in sorted((run / "server").glob("state_*"))] == ["state_0000", "state_0001"]
     resumed(lab, run, FOUR)
     wanted = [(r, f"client-{k}") for r in range(4) for k in range(4)]
     assert sorted((x["round"], x["node"]) for x in updates(run)) == wanted
-    assert (run / "interrupted.jsonl").read_text().count("\n") == 2
+    assert (run / "interrupted.jsonl").read_text().count("\n") == 5
     assert len(list((run / "server").glob("round_*.msg"))) == 4
 
 
@@ -176,6 +177,13 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda run: (run / "summary.json").write_text('{"status": "completed"}'),
         "the run in .*one is completed: there is nothing to go on with",
     ),
+    "damaged summary": (lambda run: (run / "summary.json").write_text('{"status"'), r"summary\.json is damaged"),
+    "a summary without names": (lambda run: (run / "summary.json").write_text("[]"), r"summary\.json is damaged"),
+    "damaged settings": (
+        lambda run: (run / "settings.yaml").write_bytes(b"overrides: \xff\n"),
+        r"settings\.yaml is damaged or absent: put it back from a copy",
+    ),
+    "settings without names": (lambda run: (run / "settings.yaml").write_text("- 1\n"), r"settings\.yaml is damaged"),
     "nothing aggregated": (
         lambda run: [p.unlink() for p in (run / "server").glob("*.msg")],
         "no round of the run in .*one was aggregated: start a new one under another name",
@@ -371,16 +379,16 @@ def test_a_round_with_too_few_usable_updates_is_begun_again_as_if_it_had_not_bee
 def test_a_client_whose_disk_is_full_says_so_in_one_line_and_comes_back(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(path: Path, data: bytes) -> int:
-        if "client-1" in path.parts and "before" in path.parts and len(left) < 2:
+    def full(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.is_file() and "client-1" in path.parts and "before" in path.parts and len(left) < 2:
             left.append(path)
-            path.touch()
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return original(path, data)
+        original(handle)
 
     left: list[Path] = []
-    original = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", full)
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", full)
     nodes: dict[int, dict[str, Any]] = {
         k: {"name": f"client-{k}", "rank": 4, "data-path": f"{lab.folder}/lab-{k}.jsonl", "allow-clear": True}
         | {"run-dir": str(lab.folder / "own")}

@@ -38,7 +38,7 @@ class LoraFactors:
         return int(self.a.shape[0])
 
     def delta(self) -> npt.NDArray[np.float64]:
-        """The full update, shape (m, n), in float64. For tests and oracles; training never forms it."""
+        """The full update, shape (m, n), in float64. In a run only `merging` forms it."""
         return self.scale * (self.b.astype(np.float64) @ self.a.astype(np.float64))
 
 

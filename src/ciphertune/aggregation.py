@@ -117,7 +117,11 @@ def _digest(mask: bytes) -> str:
 
 
 def check_weighted(values: npt.NDArray[np.float64], bound: float, message: wire.Message) -> None:
-    """Raise FormatError unless values that a client weighted are within the bound times its weight."""
+    """Raise FormatError unless values that a client weighted are within the bound times its weight.
+
+    values: (count,), as they travel.  bound: crypto.bound, in the units of the factors before weighting.  message: the
+    update that they are of, whose `samples / total` is the weight.
+    """
     most = bound * message.contributors[0].samples / message.total
     if values.size and float(np.abs(values).max()) > most * (1 + 1e-6):  # rounding to float32
         raise FormatError(f"the message holds values above crypto.bound={bound:g} times the client's weight")
@@ -129,7 +133,10 @@ def readable(message: wire.Message, session: wire.Session) -> npt.NDArray[np.flo
 
 
 def check_norm(parts: Sequence[npt.NDArray[np.float64]], session: wire.Session) -> None:
-    """Raise FormatError when the L2 norm of what can be read of an update, without its weight, is above the bound."""
+    """Raise FormatError when the L2 norm of what can be read of an update is above `session.max_norm`; 0 allows any.
+
+    parts: arrays of any shapes whose entries count together, in the units of the factors: without the client's weight.
+    """
     norm = float(np.sqrt(sum(np.square(x).sum() for x in parts)))
     if session.max_norm and not norm <= session.max_norm * (1 + 1e-5):  # rounding to float32
         raise FormatError(

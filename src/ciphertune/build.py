@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from ciphertune.aggregation import SeparateSum
 from ciphertune.crypto.base import PublicPart
 from ciphertune.crypto.clear import ClearPublic
 from ciphertune.plan import MAX_RANK, HeadShape, LayerShape, Plan
+from ciphertune.product import ProductSum
 from ciphertune.settings import CryptoSettings, Settings, ckks_params, packed_params
 from ciphertune.wire import Session
 
@@ -74,3 +76,9 @@ def session(settings: Settings, plan: Plan, *, run: int, key_fingerprint: bytes)
         bound=settings.crypto.bound,
         max_norm=settings.federation.max_norm,
     )
+
+
+def round_sum(session: Session, round_: int, total: int) -> SeparateSum | ProductSum:
+    """An empty sum for a round; total: samples of all clients asked, the denominator of every weight."""
+    kind = SeparateSum if session.plan.aggregate == "separate" else ProductSum
+    return kind(session, round_, total)

@@ -17,13 +17,12 @@ from time import process_time
 import numpy as np
 
 from ciphertune import exchange, wire
-from ciphertune.aggregation import SeparateSum, cut
-from ciphertune.build import session
+from ciphertune.aggregation import cut
+from ciphertune.build import round_sum, session
 from ciphertune.build_client import fresh_part
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.plan import Plan
 from ciphertune.planning import smaller, synthetic
-from ciphertune.product import ProductSum
 from ciphertune.ranks import Contributor
 from ciphertune.settings import CryptoSettings, Settings
 
@@ -257,7 +256,7 @@ def _round(link: wire.Session, secret: SecretPart, people: tuple[Contributor, ..
         updates[who] = data
         watch.size["seal"] += len(data)
     with watch.peak("server"):
-        sum_ = (SeparateSum if link.plan.aggregate == "separate" else ProductSum)(link, round_, total)
+        sum_ = round_sum(link, round_, total)
         for sender, who in enumerate(people, 1):
             expected = wire.Expected(wire.UPDATE, round_, 1, who.rank, total, who.samples, who.tier)
             data = wire.encode(replace(wire.decode(updates[who], link, expected), sender=sender), link)

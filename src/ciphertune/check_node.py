@@ -108,7 +108,7 @@ def judge_python(found: str, wanted: str) -> str:
 
 
 def packages() -> str:
-    """What is installed against the ranges that the package asks for."""
+    """What is installed against the ranges that the package asks for. Raises SettingsError."""
     try:
         wanted = [Requirement(text) for text in requires("ciphertune") or ()]
     except PackageNotFoundError:

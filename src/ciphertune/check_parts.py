@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 
 from ciphertune.errors import DataError, KeyFileError, ModelError
+from ciphertune.model_folder import TOKENIZER_FILES, resolve
 from ciphertune.node import NodeSettings
 from ciphertune.plan import HeadShape, LayerShape
+from ciphertune.scores import size
 from ciphertune.settings import Settings
 from ciphertune.shapes import is_known, model_shapes
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class Node:
 
 
 def key(node: Node) -> str:
-    """The key file: there, private, whole, and made for the run's parameters. Shows its fingerprint."""
+    """The key file: there, private, whole, and made for the run's parameters. Shows its fingerprint.
+
+    Raises KeyFileError.
+    """
     from ciphertune.crypto import keys, words
     from ciphertune.presets import params_digest, preset
 
@@ -76,7 +80,7 @@ def key(node: Node) -> str:
 
 
 def data(node: Node) -> str:
-    """The text: readable, every line as the task wants it, and how much there is."""
+    """The text: readable, every line as the task wants it, and how much there is. Raises DataError."""
     name, train, heldout, _ = node.texts
     if not train:
         raise DataError(f"{name}: no example is left to train on: add some, or lower data.heldout_fraction")
@@ -84,9 +88,12 @@ def data(node: Node) -> str:
 
 
 def model(node: Node) -> str:
-    """The model: a folder with configuration, weights and tokenizer, or a hub model that was downloaded before."""
+    """The model: a folder with configuration, weights and tokenizer, or a hub model that was downloaded before.
+
+    Raises ModelError for one that is absent or incomplete, SettingsError for targets or a rank that do not fit it.
+    """
     name, folder = node.settings.model.name, node.folder
-    for what, patterns in (("weights", _WEIGHTS), ("tokenizer", _TOKENIZERS)):
+    for what, patterns in (("weights", _WEIGHTS), ("tokenizer", TOKENIZER_FILES)):
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
             raise ModelError(f"model.name={name!r} has no {what} in {folder}: copy the whole model there")
     layers, heads = node.shapes
@@ -102,24 +109,14 @@ def model(node: Node) -> str:
 
 def model_folder(name: str) -> Path:
     """Where the model's files are. Raises ModelError when they are not on this machine."""
-    if not name:
-        raise ModelError("model.name is empty: give the overrides of the run")
-    if name == "embedded":
-        folder = Path(__file__).parent / "assets" / "base"
-    elif (folder := Path(name).expanduser()).is_dir():
-        pass
-    elif name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name={name!r} is not a folder on this machine: copy the model there")
-    else:
-        from huggingface_hub import try_to_load_from_cache
+    if Path(where := resolve(name)).is_dir():
+        return Path(where)
+    from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(name, "config.json")
-        if not isinstance(cached, str):
-            raise ModelError(f"model.name={name!r} has not been downloaded on this machine: hf download {name}")
-        folder = Path(cached).parent
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.name={name!r} has no config.json in {folder}: give the folder of a transformers model")
-    return folder
+    cached = try_to_load_from_cache(where, "config.json")
+    if not isinstance(cached, str):
+        raise ModelError(f"model.name={name!r} has not been downloaded on this machine: hf download {name}")
+    return Path(cached).parent
 
 
 def device(node: Node) -> str:
@@ -135,9 +132,3 @@ def device(node: Node) -> str:
 def weights(folder: Path) -> list[Path]:
     """The files that hold a model's weights."""
     return next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
-
-
-def size(count: float) -> str:
-    """Bytes, for people."""
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
-    return f"{count / unit:.1f} {name}"

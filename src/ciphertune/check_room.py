@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 
 from ciphertune.calibration import Calibration
-from ciphertune.check_parts import Node, size, weights
+from ciphertune.check_parts import Node, weights
 from ciphertune.errors import SettingsError
 from ciphertune.forecast import forecast
+from ciphertune.scores import size
 from ciphertune.settings import ClientSettings
 
 _BASE = 800 << 20  # bytes of a client's process with Python, torch and transformers loaded, and of its SuperNode
@@ -23,7 +24,7 @@ _LARGEST_HEADER = 1 << 27  # of a file of weights
 
 
 def disk(node: Node) -> str:
-    """Room for what a run writes on this node."""
+    """Room for what a run writes on this node. Raises SettingsError where there is too little."""
     place = next(p for p in (node.own.folder, *node.own.folder.parents) if p.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise SettingsError(f"{place} cannot be written by this user: chown it, or set run-dir in --node-config")
@@ -48,7 +49,10 @@ def disk_needed(node: Node) -> int:
 
 
 def memory(node: Node) -> str:
-    """Memory against the planner's estimate, with the model's weights where they are not on a GPU."""
+    """Memory against the planner's estimate, with the model's weights where they are not on a GPU.
+
+    Raises SettingsError where there is too little.
+    """
     free, needed = psutil.virtual_memory().available, memory_needed(node)
     if free < needed:
         raise SettingsError(

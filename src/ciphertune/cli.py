@@ -27,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CiphertuneError as error:
         print(f"ciphertune: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a file that is another user's
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ciphertune: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("ciphertune: interrupted", file=sys.stderr)
         return 130

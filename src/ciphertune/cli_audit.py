@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ciphertune.errors import SettingsError
+from ciphertune.outputs import check_writable, writing
 
 if TYPE_CHECKING:
     from ciphertune.audit.report import Report
@@ -60,11 +61,21 @@ def _view(options: argparse.Namespace) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
+    from ciphertune.runs import write_json
+
     if options.max_recall is not None and not 0 <= options.max_recall <= 1:
         raise SettingsError(f"--max-recall {options.max_recall:g} is out of range: want 0 to 1")
     _check_installed()
+    out = options.json
+    if not options.before:
+        out = out or _folder(options) / "audit.json"
+    if out:
+        check_writable(out, "--json")
     report = _before(options) if options.before else _after(options)
     _show(report)
+    if out:
+        with writing(out, "--json"):
+            write_json(out, report.plain())
     return 0 if report.passed else 1
 
 
@@ -76,22 +87,21 @@ def _check_installed() -> None:
 
 def _after(options: argparse.Namespace) -> Report:
     from ciphertune.audit.run import audit
-    from ciphertune.runs import write_json
 
+    with _bar() as tick:
+        return audit(_folder(options), clients=options.clients, max_recall=options.max_recall, tick=tick)
+
+
+def _folder(options: argparse.Namespace) -> Path:
     if len(options.overrides) != 1:
         raise SettingsError(f"audit wants one run folder, got {len(options.overrides)}; overrides need --before")
-    folder = Path(options.overrides[0])
-    with _bar() as tick:
-        report = audit(folder, clients=options.clients, max_recall=options.max_recall, tick=tick)
-    write_json(options.json or folder / "audit.json", report.plain())
-    return report
+    return Path(options.overrides[0])
 
 
 def _before(options: argparse.Namespace) -> Report:
     from ciphertune.audit.run import audit
     from ciphertune.audit.simulate import simulate
     from ciphertune.launch import app_folder, check_simulation
-    from ciphertune.runs import write_json
     from ciphertune.settings import compose
 
     settings = compose(app_folder(options.app) / "conf", options.overrides)
@@ -103,10 +113,7 @@ def _before(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory(prefix="ciphertune-") as scratch, _bar() as tick:
         tick(0.0, "training as a client would")
         folder = simulate(replace(settings, runs_dir=scratch, name="before"), options.rounds, number=options.client)
-        report = audit(folder, max_recall=options.max_recall, tick=tick)
-    if options.json:
-        write_json(options.json, report.plain())
-    return report
+        return audit(folder, max_recall=options.max_recall, tick=tick)
 
 
 @contextmanager

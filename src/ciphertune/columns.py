@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ciphertune.adapter import Adapter, FloatArray
-from ciphertune.errors import PlanMismatchError
 from ciphertune.plan import Plan
 from ciphertune.ranks import Contributor
 from ciphertune.split import Counts, Vector, cut, head_size, pack_heads
+from ciphertune.split import check_shape as check_shape
 
 Codes = npt.NDArray[np.int64]
 
@@ -141,26 +141,15 @@ def join_columns(clear: Sequence[Factors], rows: Vector, plan: Plan, tier: int) 
 
 
 def in_code_order(a: FloatArray, codes: Codes) -> FloatArray:
-    """Columns moved from their numbers to their codes."""
+    """Columns of a, (r, n), moved from their numbers to their codes: column j is at codes[j], codes being (n,)."""
     out = np.empty_like(a)
     out[:, codes] = a
     return out
 
 
 def in_column_order(a: FloatArray, codes: Codes) -> FloatArray:
-    """The inverse of `in_code_order`."""
+    """The inverse of `in_code_order`: of (r, n) by code, column j is the one at codes[j]."""
     return a[:, codes]
-
-
-def check_shape(adapter: Adapter, plan: Plan) -> None:
-    """Raise PlanMismatchError unless the adapter has the plan's layers and heads, at one rank."""
-    if [*adapter.layers] != [x.name for x in plan.layers]:
-        raise PlanMismatchError("the adapter has other layers than the plan")
-    pack_heads(adapter, plan)
-    for layer in plan.layers:
-        factors = adapter.layers[layer.name]
-        if (factors.b.shape, factors.a.shape) != ((layer.m, adapter.rank), (adapter.rank, layer.n)):
-            raise PlanMismatchError(f"layer {layer.name} of the adapter is not ({layer.m}, {layer.n}) as the plan says")
 
 
 def _joined(arrays: Sequence[Codes]) -> Codes:

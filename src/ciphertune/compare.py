@@ -20,6 +20,7 @@ from typing import Any
 from ciphertune.comparison import Cell, Row, check_removable, is_done, write_results
 from ciphertune.errors import SettingsError
 from ciphertune.launch import app_folder, check_simulation, end_tree
+from ciphertune.outputs import writing
 from ciphertune.progress import MARK
 from ciphertune.runs import read_summary
 from ciphertune.scores import Score, show
@@ -171,8 +172,10 @@ def _held(out: Path) -> Iterator[None]:
     """Hold the folder: a second comparison there would take the first one's running cells for unfinished ones."""
     import fcntl
 
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    with writing(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -13,10 +13,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ciphertune.errors import SettingsError
-from ciphertune.runs import read_summary, write, write_json
+from ciphertune.errors import SettingsError, StateError
+from ciphertune.runs import Line, read_lines, read_summary, read_values, write, write_json
 from ciphertune.scores import Score, mean, size
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest, versions
@@ -55,15 +53,15 @@ class Cell:
 
 def is_done(cell: Cell) -> bool:
     """Whether the run is finished. Raises SettingsError when it was made under other settings or by other code."""
-    if read_summary(cell.folder).get("status") != "completed":
-        return False
     remedy = f"give another --out, or delete {cell.folder}"
     try:
-        saved = yaml.safe_load((cell.folder / "settings.yaml").read_text(encoding="utf-8"))
-        code = json.loads((cell.folder / "versions.json").read_text(encoding="utf-8"))["code"]
-        then, now = _flat(saved), _flat(asdict(cell.settings))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-        raise SettingsError(f"{cell.folder} holds a run whose settings cannot be read: {remedy}") from None
+        if read_summary(cell.folder).get("status") != "completed":
+            return False
+        then, now = _flat(read_values(cell.folder / "settings.yaml")), _flat(asdict(cell.settings))
+        code = read_values(cell.folder / "versions.json").get("code")
+        read_run(cell.folder)
+    except StateError as error:
+        raise SettingsError(f"{cell.folder} holds a run that cannot be read back ({error}): {remedy}") from None
     for key in sorted({*then, *now} - {"overrides", "name", "runs_dir"}):
         if then.get(key) != now.get(key):
             raise SettingsError(
@@ -144,10 +142,21 @@ def shown(word: str) -> str:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The figures of one finished run. seconds: of its rounds, which unlike the whole run every row has alike."""
+    """The figures of one finished run. seconds: of its rounds, which unlike the whole run every row has alike.
+
+    Raises StateError where a file is damaged: means over seeds must not leave a part of a run out.
+    """
     summary = read_summary(folder)
-    text = (folder / "rounds.jsonl").read_text(encoding="utf-8")
-    lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    lines, damaged = read_lines(folder)
+    if damaged:
+        raise StateError(f"{folder / 'rounds.jsonl'} is damaged in line {damaged[0]}")
+    try:
+        return _figures_of(summary, lines)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StateError(f"{folder} lacks figures of a finished run ({error})") from None
+
+
+def _figures_of(summary: Mapping[str, Any], lines: list[Line]) -> dict[str, Any]:
     return {
         **{key: summary[key] for key in (*_HAS, "bytes_up", "bytes_down", "encrypted_fraction")},
         "seconds": round(sum(x["seconds"] for x in lines if x["stage"] == "round"), 3),

@@ -15,6 +15,7 @@ CiphertuneError                 one clear line: what was wrong, with which value
 │   │   └── DisagreementError   two clients contradict each other, and nobody can tell which one is wrong
 │   ├── SettingsMismatchError   made under other settings
 │   └── RoundMismatchError      another run, round or sender; a replay
+├── StateError                  a file that a run or a client keeps for itself cannot be read back
 ├── ResumeError                 an earlier run that cannot be gone on with: unknown, finished, other settings, damaged
 └── FederationError             the run cannot go on (too few clients, nothing usable in a round)
     └── TooFewError             a round has too few usable updates: nothing was released, it can be tried again
@@ -79,6 +80,10 @@ class SettingsMismatchError(WireError):
 
 class RoundMismatchError(WireError):
     """The message belongs to another run, round or sender."""
+
+
+class StateError(CiphertuneError):
+    """A file that a run or a client keeps for itself cannot be read back."""
 
 
 class ResumeError(CiphertuneError):

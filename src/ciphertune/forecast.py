@@ -25,6 +25,7 @@ from ciphertune.launch import app_folder
 from ciphertune.plan import FACTORS, HeadShape, LayerShape
 from ciphertune.planning import loads, methods_of, settle
 from ciphertune.ranks import Contributor
+from ciphertune.scores import size
 from ciphertune.settings import Settings, ckks_params
 from ciphertune.shapes import model_shapes
 from ciphertune.split import component_size, head_size
@@ -120,7 +121,7 @@ def _round(
         params = ckks_params(settings.crypto)  # SEAL's memory, which a sample does not see
         ciphertext = 2 * params.poly_modulus_degree * len(params.widths) * _WORD
         return replace(found, server_memory=found.server_memory + _SUMS * most_down * ciphertext)
-    each, size = calibration.blocks(settings.crypto), public.block_bytes
+    each, block = calibration.blocks(settings.crypto), public.block_bytes
     rows = sum(c.rank * blocks_for(public, sum(plan.hidden(c.tier))) for c in people)
     return replace(
         found,
@@ -128,8 +129,8 @@ def _round(
         unseal_seconds=found.unseal_seconds + each.decrypt * blocks_down / count,
         add_seconds=found.add_seconds + each.check * blocks_up,
         release_seconds=found.release_seconds + each.multiply * rows * max(basis_ranks(plan, people)),
-        client_memory=found.client_memory + _COPIES * size * max(most_up, most_down),
-        server_memory=found.server_memory + size * (blocks_up + _COPIES * most_down),
+        client_memory=found.client_memory + _COPIES * block * max(most_up, most_down),
+        server_memory=found.server_memory + block * (blocks_up + _COPIES * most_down),
     )
 
 
@@ -192,11 +193,11 @@ def _print(found: Sequence[Forecast], about: dict[str, Any], refused: Sequence[s
     for f in found:
         table.add_row(
             f.method,
-            *(_size(x) for x in (f.bytes_up, f.bytes_down)),
+            *(size(x) for x in (f.bytes_up, f.bytes_down)),
             f"{f.over_plaintext:.2f}",
             f"{f.ciphertexts_up:,.0f}" if f.ciphertexts_up else "-",
             *(_time(x) for x in (f.seal_seconds + f.unseal_seconds, f.add_seconds + f.release_seconds)),
-            *(_size(x) for x in (f.client_memory, f.server_memory)),
+            *(size(x) for x in (f.client_memory, f.server_memory)),
         )
     console = Console()
     if not console.is_terminal:
@@ -208,8 +209,3 @@ def _print(found: Sequence[Forecast], about: dict[str, Any], refused: Sequence[s
 
 def _time(seconds: float) -> str:
     return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
-def _size(size: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
-    return f"{size / unit:.1f} {name}"

@@ -40,7 +40,7 @@ def app_folder(path: Path) -> Path:
     try:
         config = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
         config["tool"]["flwr"]["app"]["components"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise SettingsError(f"{folder} is not the folder of a Flower app: go there, or give --app FOLDER") from None
     return folder
 

@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ciphertune.adapter import Adapter
-from ciphertune.errors import PlanMismatchError
+from ciphertune.errors import StateError
 from ciphertune.runs import write
 
 Weights = dict[str, npt.NDArray[np.float32]]
 
 
 def merged(folder: Path, run: int) -> Weights:
-    """The sum so far per layer, shape (m, n); empty before the first. Raises PlanMismatchError for a damaged file."""
+    """The sum so far per layer, shape (m, n); empty before the first. Raises StateError for a damaged file."""
     return _read(_file(folder, run))[0]
 
 
@@ -55,7 +55,7 @@ def _read(path: Path) -> tuple[Weights, int]:
             found: Weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
             return found, int(file.metadata()["round"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise PlanMismatchError(f"{path} cannot be read back: start the run anew under another name") from error
+        raise StateError(f"{path} cannot be read back (it is damaged): start a new run under another name") from error
 
 
 def _file(folder: Path, run: int) -> Path:

@@ -5,15 +5,14 @@ Under encryption nobody but the clients can see that one of them sent something 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ciphertune.adapter import Adapter
-from ciphertune.errors import RangeError
+from ciphertune.errors import RangeError, StateError
 from ciphertune.ranks import update_norm
-from ciphertune.runs import write_json
+from ciphertune.runs import read_values, write_json
 
 
 def norms(adapter: Adapter) -> tuple[float, float]:
@@ -31,13 +30,14 @@ def keep_norms(folder: Path, run: int, round_: int, update: Adapter) -> None:
 def check_mean(folder: Path, run: int, round_: int, mean: Adapter, most: float) -> None:
     """Raise RangeError for a mean whose norm is above `most` times that of this client's own update of that round.
 
-    0 allows any. A round in which this client sent nothing is not checked: what it sent earlier says little.
+    0 allows any. A round in which this client sent nothing is not checked: what it sent earlier says little. Raises
+    StateError where what it sent cannot be read back.
     """
     path = _path(folder, run)
-    own = json.loads(path.read_text()) if most and path.is_file() else {}
-    if own.get("round") != round_:
+    kept_round, kept = _kept(path) if most and path.is_file() else (-1, ())
+    if kept_round != round_:
         return
-    for found, sent in zip(norms(mean), own["norms"], strict=True):
+    for found, sent in zip(norms(mean), kept, strict=True):
         if sent and not found <= most * sent:
             raise RangeError(
                 f"the mean of round {round_ + 1} has norm {found:.3g}, {found / sent:.0f} times that of this client's "
@@ -45,6 +45,16 @@ def check_mean(folder: Path, run: int, round_: int, mean: Adapter, most: float) 
                 "encryption the server cannot see which. End this run and find out among the labs before the next one; "
                 "with federation.max_mean_norm=0 it would be taken"
             )
+
+
+def _kept(path: Path) -> tuple[int, tuple[float, float]]:
+    remedy = "remove it, and the next mean is taken unchecked"
+    values = read_values(path, remedy)
+    try:
+        layers, heads = (float(x) for x in values["norms"])
+        return int(values["round"]), (layers, heads)
+    except (KeyError, TypeError, ValueError):
+        raise StateError(f"{path} cannot be read back (it is damaged): {remedy}") from None
 
 
 def _path(folder: Path, run: int) -> Path:

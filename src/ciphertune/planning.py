@@ -158,8 +158,7 @@ def _message(
     session: wire.Session, kind: int, round_: int, rank: int, people: tuple[Contributor, ...]
 ) -> tuple[int, int]:
     """Bytes of a whole message, and the ciphertexts in it."""
-    bare = wire.Message(kind, session.plan.factors(round_), round_, 0, rank, 1, people, b"", b"")
-    size = len(wire.encode(bare, session)) + sum(wire.sizes(session, kind, round_, rank, people))
+    size = wire.message_size(session, kind, round_, rank, people)
     if not session.public.encrypts:
         return size, 0
     return size, sum(blocks_for(session.public, n) for n in wire.counts(session.plan, kind, round_, rank, people)[1])

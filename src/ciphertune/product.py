@@ -167,6 +167,10 @@ def turned(q: Vector, c: Vector, m: Vector) -> tuple[Vector, Vector, Vector]:
 
 
 def reach(left: npt.NDArray[np.floating]) -> float:
-    """Largest factor by which ``C = Q^T left`` can enlarge an entry: the largest sum of a row's absolute values."""
+    """A bound on how much ``C = Q^T left`` can enlarge an entry: on the largest sum of a row's absolute values.
+
+    left: (m, r), a client's B times its scale; Q has orthonormal columns. A row of C has no larger norm than `left` has
+    as an operator, and sqrt(r) times that bounds the sum. 0 for an empty `left`.
+    """
     gram = left.T.astype(np.float64) @ left.astype(np.float64)
     return float(np.sqrt(left.shape[1] * max(0.0, np.linalg.eigvalsh(gram)[-1]))) if left.size else 0.0

@@ -129,7 +129,12 @@ def divide(
 def unite(
     clear: Vector, secret: Sequence[Vector], plan: Plan, round_: int, rank: int, keep: Mask | None
 ) -> tuple[Vector, Vector | None]:
-    """The inverse of `divide` on an aggregate: the packed sum, and the weights per entry where they travelled."""
+    """The inverse of `divide` on an aggregate: the packed sum and, where they travelled, the weights, (count,) each.
+
+    clear: (entries,) that travelled in the clear.  secret: a vector per segment, or where kept entries are counted two,
+    values and weights in turn.  keep: (count,) which entries are in `secret`, None for all. Raises ValueError where the
+    lengths do not fit the mask, which `wire.decode` has checked.
+    """
     if keep is None:
         if counts_kept(plan, round_):
             return np.concatenate(secret[::2]), np.concatenate(secret[1::2])

@@ -54,7 +54,12 @@ def to_mean(
     contributors: Sequence[Contributor],
     total: int,
 ) -> npt.NDArray[np.float64]:
-    """A packed weighted sum -> the packed mean. Raises FormatError when it holds components that nobody contributed."""
+    """A packed weighted sum, (count,) as `split.pack` packs it -> the packed mean, (count,).
+
+    contributors: all whose updates are in the sum.  total: samples of all clients asked, the denominator of the weights
+    in it.  Heads are divided by everybody's weight, components by `divisors`. Raises FormatError when the sum holds
+    components that nobody contributed.
+    """
     heads, size = head_size(plan), component_size(plan, factors)
     rank = (packed.size - heads) // size if size else 0
     per_component = divisors(plan, contributors, total, rank)

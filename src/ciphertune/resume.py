@@ -18,16 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ciphertune import wire
 from ciphertune.build import session
-from ciphertune.errors import CiphertuneError, ResumeError
+from ciphertune.errors import CiphertuneError, ResumeError, StateError
 from ciphertune.federation import Federation, Member
 from ciphertune.hello import Hello, parse_hello
 from ciphertune.ledger import Ledger
 from ciphertune.plan import Plan
-from ciphertune.runs import ServerFolder, read_summary
+from ciphertune.runs import ServerFolder, read_values
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 
@@ -65,7 +63,7 @@ def keep(folder: ServerFolder, federation: Federation, ledger: Ledger, aggregate
 def find(folder: Path, settings: Settings) -> Earlier:
     """The run in `folder`, if these settings and this code can go on with it. Raises ResumeError."""
     overrides(folder)
-    if read_summary(folder).get("status") == "completed":
+    if (folder / "summary.json").is_file() and _read(folder / "summary.json").get("status") == "completed":
         raise ResumeError(f"the run in {folder} is completed: there is nothing to go on with")
     server = folder / "server"
     kept = [p.stem.removeprefix("state_") for p in server.glob("state_*.json")]
@@ -94,8 +92,8 @@ def overrides(folder: Path) -> list[str]:
     if not path.is_file():
         raise ResumeError(f"there is no run in {folder}: name the folder of one, as in resume=runs/NAME")
     try:
-        return shlex.split(yaml.safe_load(path.read_text(encoding="utf-8"))["overrides"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return shlex.split(_read(path)["overrides"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(path) from None
 
 
@@ -135,12 +133,9 @@ def _greeting(hello: Hello) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_values(path)
+    except StateError:
         raise _damaged(path) from None
-    if not isinstance(found, dict):
-        raise _damaged(path)
-    return found
 
 
 def _plan(server: Path, digest: str) -> Plan:
@@ -160,12 +155,11 @@ def _damaged(path: Path) -> ResumeError:
 
 def _difference(folder: Path, settings: Settings) -> str:
     """The first settings that differ, with both values."""
-    then = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    then = _read(folder / "settings.yaml")
     now = json.loads(json.dumps(settings.shared()))
     pairs: list[tuple[str, Any, Any]] = []
     for group, value in now.items():
-        kept = then.get(group) if isinstance(then, dict) else None
-        one, two = (x if isinstance(x, dict) else {"": x} for x in (kept, value))
+        one, two = (x if isinstance(x, dict) else {"": x} for x in (then.get(group), value))
         pairs += [(f"{group}.{k}".rstrip("."), one.get(k), v) for k, v in two.items() if one.get(k) != v]
     shown = [f"{name} is {str(a)[:60]} there and {str(b)[:60]} here" for name, a, b in pairs[:3]]
     return "; ".join(shown or ["its settings.yaml was changed"]) + ": give the overrides that it was started with"

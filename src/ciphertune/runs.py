@@ -1,22 +1,33 @@
-"""The run folder: what a run leaves behind, and the server's writers."""
+"""The run folder: what a run leaves behind, the server's writers, and what reads it back."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ciphertune.errors import ResumeError, SettingsError
+from ciphertune.errors import ResumeError, SettingsError, StateError
 from ciphertune.events import Events
 from ciphertune.federation import Member
 from ciphertune.plan import Plan
 from ciphertune.settings import Settings
 from ciphertune.versions import versions
+
+_COUNTS = (
+    "seconds", "bytes_up", "bytes_down", "clear_bytes", "cipher_bytes", "values_clear", "values_cipher", "samples",
+    "loss", "train_loss", "contributors",
+)  # fmt: skip
+_LARGEST = 1e18
+_NAMED_FAULTS = 5
+
+Line = dict[str, Any]
 
 
 class ServerFolder:
@@ -88,12 +99,10 @@ class ServerFolder:
         path = self.path / "rounds.jsonl"
         kept: list[str] = []
         off: list[str] = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            try:
-                found = json.loads(line)
-                (kept if found["round"] < round_ or found["stage"] == but else off).append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # its writer was ended in the middle of it
-                off.append(line + "\n")
+        for line in _text(path).splitlines() if path.is_file() else []:
+            found = _line(line)  # none where its writer was ended in the middle of it
+            stays = found is not None and (found["round"] < round_ or found["stage"] == but)
+            (kept if stays else off).append(line + "\n")
         with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(off)
         write(path, "".join(kept).encode())
@@ -113,20 +122,102 @@ class ServerFolder:
 def read_summary(folder: Path) -> dict[str, Any]:
     """summary.json of a run folder, or an empty dict while there is none."""
     path = folder / "summary.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    return read_values(path) if path.is_file() else {}
+
+
+def read_values(path: Path, remedy: str = "put it back from a copy") -> dict[str, Any]:
+    """The values in a JSON file, or in a YAML file, which must have names. Raises StateError, which says the remedy."""
+    try:
+        data = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(data) if path.suffix == ".yaml" else json.loads(data)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        why = (error.strerror if isinstance(error, OSError) else "") or "it is damaged"
+    else:
+        if isinstance(found, dict):
+            return found
+        why = "it holds no names with values"
+    raise StateError(f"{path} cannot be read back ({why}): {remedy}")
+
+
+def read_lines(folder: Path) -> tuple[list[Line], list[int]]:
+    """The lines of rounds.jsonl that say when, what and who, and the numbers of the damaged ones, from 1.
+
+    A cut-off run may have no such file, and half a line at its end. Raises StateError for a file that cannot be read.
+    """
+    path = folder / "rounds.jsonl"
+    lines = _text(path).splitlines() if path.is_file() else []
+    found = [_line(line) for line in lines]
+    damaged = [at for at, (line, good) in enumerate(zip(lines, found, strict=True), 1) if good is None and line.strip()]
+    return [good for good in found if good is not None], damaged
+
+
+def damage(numbers: Sequence[int]) -> str:
+    """Which lines of rounds.jsonl are damaged, for people."""
+    shown = ", ".join(map(str, numbers[:_NAMED_FAULTS])) + (", ..." if len(numbers) > _NAMED_FAULTS else "")
+    word = "line" if len(numbers) == 1 else "lines"
+    return f"{len(numbers)} damaged {word} left out ({word} {shown})"
+
+
+def number(value: Any) -> float | None:
+    """A finite number that is not negative, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value <= _LARGEST else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StateError(f"{path} cannot be read back ({error.strerror}): check its permissions") from None
+
+
+def _line(text: str) -> Line | None:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if _is_line(values) else None
+
+
+def _is_line(values: Any) -> bool:
+    """Whether a line says when, what and who, and every figure in it is one."""
+    if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("stage", "node")):
+        return False
+    round_ = values.get("round")
+    if type(round_) is not int or not 0 <= round_ < 10**6:
+        return False
+    metric = values.get("metric", {})
+    figures: Iterable[Any] = [values[k] for k in _COUNTS if k in values]
+    if not isinstance(metric, dict):
+        return False
+    return all(number(x) is not None for x in (*figures, *metric.values()))
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. What is written stays, whatever ends the machine after this."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name could be on the disk before the data
+        temporary.replace(path)
     except OSError:  # a full disk has no room for half a file
         temporary.unlink(missing_ok=True)
         raise
-    temporary.replace(path)
+    _keep_names(path.parent)
+
+
+def _keep_names(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    with suppress(OSError):  # some network file systems have no such call for folders
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -15,7 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ciphertune.errors import SettingsError
+from ciphertune.errors import ModelError, SettingsError
+from ciphertune.model_folder import resolve
 from ciphertune.plan import HeadShape, LayerShape
 from ciphertune.settings import ModelSettings
 
@@ -164,13 +165,14 @@ def _no_target(target: str, linear: Sequence[_Linear], model: str) -> str:
 
 def _read(name: str) -> _Config:
     """The configuration of a model. Raises SettingsError."""
-    path = Path(__file__).parent / "assets" / "base" if name == "embedded" else Path(name).expanduser()
     if not name:
         raise SettingsError("model.name is empty: give a folder with a config.json, or one of " + ", ".join(KNOWN))
-    if path.is_dir():
-        path = path / "config.json"
-        if not path.is_file():
-            raise SettingsError(f"model.name={name!r} has no config.json: give the folder of a transformers model")
+    path = Path(name).expanduser()
+    if name == "embedded" or path.is_dir():
+        try:
+            path = Path(resolve(name)) / "config.json"
+        except ModelError as error:
+            raise SettingsError(str(error)) from None
     elif not path.is_file():
         last = name.rsplit("/", 1)[-1].lower()
         found = next((config for pattern, config in _KNOWN.values() if re.fullmatch(pattern, last)), None)

@@ -48,7 +48,9 @@ def pack(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Vector:
     Raises PlanMismatchError when the adapter is not of the plan's shape, or of a rank below its lowest tier.
     """
     rank = plan.shared(adapter.rank)
-    _check(adapter, plan, rank)
+    if rank < 1:
+        raise PlanMismatchError(f"rank {adapter.rank} is below the plan's lowest tier, {plan.tiers[0]}")
+    check_shape(adapter, plan)
     pieces: list[FloatArray] = [pack_heads(adapter, plan)[: head_size(plan)]]
     for k in range(rank):
         for layer in plan.layers:
@@ -58,11 +60,12 @@ def pack(adapter: Adapter, plan: Plan, factors: tuple[Factor, ...]) -> Vector:
 
 
 def join(packed: Vector, plan: Plan, factors: tuple[Factor, ...], base: Adapter) -> Adapter:
-    """`base` with its heads and the given factors replaced by what `pack` packed.
+    """`base` with its heads and the given factors replaced by what `pack` packed, (count,), in the types of `base`.
 
-    Fewer components than the base has replace its first ones. Raises PlanMismatchError.
+    Fewer components than the base has replace its first ones. Raises PlanMismatchError when `base` is not of the plan's
+    shape, or the values are no whole number of components or more than it has.
     """
-    _check(base, plan, base.rank)
+    check_shape(base, plan)
     size = component_size(plan, factors)
     rank = (packed.size - head_size(plan)) // size if size else 0
     if packed.size != head_size(plan) + rank * size or rank > base.rank:
@@ -94,7 +97,10 @@ def pack_heads(adapter: Adapter, plan: Plan) -> Vector:
 
 
 def join_heads(packed: Vector, plan: Plan, base: Adapter) -> dict[str, FloatArray]:
-    """The inverse of `pack_heads`, from the beginning of `packed`, in the types of `base`."""
+    """The inverse of `pack_heads`: each head in its shape, from the beginning of `packed`, in the types of `base`.
+
+    packed: (count,), of at least the heads' sizes; what follows them is not looked at.
+    """
     heads: dict[str, FloatArray] = {}
     for head, values in zip(plan.heads, cut(packed, tuple(h.size for h in plan.heads)), strict=True):
         heads[head.name] = values.reshape(head.shape).astype(base.heads[head.name].dtype)
@@ -113,19 +119,17 @@ def keep_own(base: Adapter, trained: Adapter, shared: int) -> Adapter:
 
 
 def cut(packed: Vector, sizes: tuple[int, ...]) -> tuple[Vector, ...]:
-    """`packed` in pieces of the given sizes."""
+    """`packed`, (count,), in pieces of the given sizes, as views; what lies beyond their sum is left out."""
     ends = list(accumulate(sizes, initial=0))
     return tuple(packed[a:b] for a, b in pairwise(ends))
 
 
-def _check(adapter: Adapter, plan: Plan, shared: int) -> None:
-    rank = adapter.rank
-    if shared < 1:
-        raise PlanMismatchError(f"rank {rank} is below the plan's lowest tier, {plan.tiers[0]}")
+def check_shape(adapter: Adapter, plan: Plan) -> None:
+    """Raise PlanMismatchError unless the adapter has the plan's layers and heads, at one rank."""
+    if sorted(adapter.layers) != sorted(x.name for x in plan.layers):
+        raise PlanMismatchError("the adapter has other layers than the plan")
     for layer in plan.layers:
-        found = adapter.layers.get(layer.name)
-        if found is None or found.a.shape != (rank, layer.n) or found.b.shape != (layer.m, rank):
+        found = adapter.layers[layer.name]
+        if found.a.shape != (adapter.rank, layer.n) or found.b.shape != (layer.m, adapter.rank):
             raise PlanMismatchError(f"layer {layer.name} of the adapter is not ({layer.m}, {layer.n}) as the plan says")
-    if len(adapter.layers) != len(plan.layers):
-        raise PlanMismatchError("the adapter has layers that the plan does not know")
     pack_heads(adapter, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ciphertune.adapter import Adapter, LoraFactors
-from ciphertune.errors import PlanMismatchError
+from ciphertune.errors import StateError
 from ciphertune.runs import write
 
 
@@ -24,19 +25,32 @@ def record(path: Path, adapter: Adapter, **metadata: str) -> None:
 
 
 def count_release(folder: Path, run: int) -> int:
-    """Count one more update that leaves this node in this run, before it leaves; returns how many it is now."""
+    """Count one more update that leaves this node in this run, before it leaves; returns how many it is now.
+
+    Raises StateError where the count cannot be read back.
+    """
     path = folder / "state" / f"releases-{run:x}"
-    sent = int(path.read_text()) + 1 if path.is_file() else 1
-    write(path, str(sent).encode())
-    return sent
+    sent = path.read_bytes() if path.is_file() else b"0"
+    if not sent.isdigit():
+        raise StateError(f"{path} cannot be read back (it is damaged): write into it how many updates this node sent")
+    write(path, str(int(sent) + 1).encode())
+    return int(sent) + 1
 
 
 def identity(folder: Path, run: int) -> str:
-    """A random number that this node keeps for a run, and tells the server alone: nobody else can come by its name."""
+    """A random number that this node keeps for a run, and tells the server alone: nobody else can come by its name.
+
+    Raises StateError where it cannot be read back.
+    """
     path = folder / "state" / f"identity-{run:x}"
     if not path.is_file():
         write(path, secrets.token_hex(16).encode())
-    return path.read_text()
+    found = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{32}", found):
+        raise StateError(
+            f"{path} cannot be read back (it is damaged): put it back from a copy, or remove it before the run begins"
+        )
+    return found.decode()
 
 
 def begin_round(folder: Path, run: int, round_: int) -> None:
@@ -63,7 +77,7 @@ def _changing(run: int) -> tuple[str, ...]:
 
 
 def _is(marker: Path, run: int, round_: int) -> bool:
-    return marker.is_file() and marker.read_text() == f"{run} {round_}"
+    return marker.is_file() and marker.read_text(errors="replace") == f"{run} {round_}"
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -82,7 +96,7 @@ def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:
 def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int]:
     """The stored adapter and its round; `like` and -1 when nothing is stored, or only another run's.
 
-    Raises PlanMismatchError when the file is damaged or not of `like`'s shape.
+    Raises StateError when the file is damaged or not of `like`'s shape.
     """
     if not path.exists():
         return like, -1
@@ -98,12 +112,14 @@ def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int]:
             }
             heads = {name: file.get_tensor(name) for name in like.heads}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise PlanMismatchError(
-            f"{path} cannot be read back: remove it, and the server sends what is missing"
+        raise StateError(
+            f"{path} cannot be read back (it is damaged): remove it, and the server sends what is missing"
         ) from error
     stored = Adapter(layers, heads)
     if any(
         stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape for n, f in like.layers.items()
     ):
-        raise PlanMismatchError(f"{path} is of another rank or model: remove it, and the server sends what is missing")
+        raise StateError(
+            f"{path} cannot be read back (another rank or model): remove it, and the server sends what is missing"
+        )
     return stored, round_

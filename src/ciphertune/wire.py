@@ -222,9 +222,15 @@ def sizes(
     )
 
 
+def message_size(session: Session, kind: int, round_: int, rank: int, contributors: Sequence[Contributor]) -> int:
+    """Bytes of a whole message, as `encode` makes it; rank: the components in it."""
+    parts = sum(sizes(session, kind, round_, rank, contributors))
+    return _HEAD.size + len(contributors) * _CONTRIBUTOR.size + parts + _DIGEST
+
+
 def update_size(session: Session, round_: int, who: Contributor) -> int:
     """Bytes of one client's update."""
-    return _HEAD.size + _CONTRIBUTOR.size + sum(sizes(session, UPDATE, round_, who.rank, (who,))) + _DIGEST
+    return message_size(session, UPDATE, round_, who.rank, (who,))
 
 
 def check_contributors(contributors: Sequence[Contributor], total: int, plan: Plan) -> None:
@@ -248,7 +254,6 @@ def _same(found: bytes, wanted: bytes, error: type[Exception], what: str, remedy
 class Heading:
     """What an update or aggregate says of itself, unchecked."""
 
-    kind: int
     key_fingerprint: bytes
     plan: bytes  # its digest
     run: int
@@ -262,5 +267,5 @@ def heading(data: bytes) -> Heading:
     """Read the beginning of a message; only `decode` says whether it holds. Raises FormatError for too few bytes."""
     if len(data) < _HEAD.size + _CONTRIBUTOR.size:
         raise FormatError(f"{len(data)} bytes are too few for a message")
-    _, kind, _, _, key, plan, _, run, round_, sender, rank, _, _ = _HEAD.unpack_from(data)
-    return Heading(kind, key, plan, run, round_, sender, rank, _CONTRIBUTOR.unpack_from(data, _HEAD.size)[1])
+    _, _, _, _, key, plan, _, run, round_, sender, rank, _, _ = _HEAD.unpack_from(data)
+    return Heading(key, plan, run, round_, sender, rank, _CONTRIBUTOR.unpack_from(data, _HEAD.size)[1])

@@ -17,7 +17,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.columns import Codes
 from ciphertune.crypto.indices import inverse
 from ciphertune.crypto.secret import SecretPart
-from ciphertune.errors import PlanMismatchError
+from ciphertune.errors import PlanMismatchError, StateError
 from ciphertune.lm import activations
 from ciphertune.lm.data import ClientData
 from ciphertune.lm.model import LoraModel
@@ -35,13 +35,13 @@ Scores = npt.NDArray[np.float64]
 def budget_of(node: NodeSettings, run: int, layers: Sequence[LayerShape], secret: SecretPart) -> float:
     """The share of A's columns that this node encrypts in this run: as configured, or measured once and kept.
 
-    Raises SettingsError for a time that none can be found for.
+    Raises SettingsError for a time that none can be found for, StateError where the kept one cannot be read back.
     """
     if not math.isnan(node.budget):
         return node.budget
     path = node.folder / "state" / f"budget-{run:x}.json"
     if path.is_file():
-        return float(json.loads(path.read_text(encoding="utf-8")))
+        return _kept_budget(path)
     public = secret.public
     found = budget.choose(
         budget.measure(secret.encrypt, public.slots, node.upstream),
@@ -54,6 +54,16 @@ def budget_of(node: NodeSettings, run: int, layers: Sequence[LayerShape], secret
     note(node.name, f"budget {found.value:g} of the columns of A: {found.reason}")
     write(path, json.dumps(found.value).encode())
     return found.value
+
+
+def _kept_budget(path: Path) -> float:
+    try:
+        found = float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise StateError(f"{path} cannot be read back (it is damaged): remove it, and the budget is measured again")
+    return found
 
 
 def score_columns(
@@ -82,12 +92,18 @@ def score_columns(
 
 
 def wish(found: Sequence[Scores], codes: Sequence[Codes], share: float) -> list[list[int]]:
-    """Per layer the codes of the most sensitive columns that a budget pays for, most sensitive first."""
+    """Per layer the codes of the most sensitive columns that a budget pays for, most sensitive first.
+
+    found, codes: (n,) per layer, by column number.  share: of a layer's columns, 0 to 1.
+    """
     return [c[top(s, column_count(s.size, share))].tolist() for s, c in zip(found, codes, strict=True)]
 
 
 def keep_scores(folder: Path, run: int, found: Sequence[Scores]) -> None:
-    """Keep the scores on the node, until it knows which columns it got."""
+    """Keep the scores, (n,) per layer in the plan's order, on the node until it knows which columns it got.
+
+    Raises OSError where they cannot be written.
+    """
     write(_scores_file(folder, run), save({f"{i:05d}": s for i, s in enumerate(found)}))
 
 
@@ -101,7 +117,10 @@ def agreed_tier(plan: Plan, share: float) -> int:
 
 
 def tell_coverage(node: NodeSettings, run: int, plan: Plan, share: float, codes: Sequence[Codes]) -> None:
-    """Say once, in this node's log, what it got of what it asked for, by its own scores."""
+    """Say once, in this node's log, what it got of what it asked for, by its own scores.
+
+    share: this node's budget, of A's columns.  codes: (n,) per layer, the code of each column. Damaged scores are said.
+    """
     path = _scores_file(node.folder, run)
     if not path.is_file():
         return

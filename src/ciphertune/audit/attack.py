@@ -17,7 +17,6 @@ class Target:
     layers: Mapping[str, Moved]
     words: Callable[[], Dictionary]  # made when it is first needed: an attack on nothing needs none
     noise: float  # share of the change that is no combination of tokens: what AdamW makes of a gradient
-    progress: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def attack(target: Target) -> Iterator[Attempt]:
     if not seen:
         yield Attempt("b_factor", "adapted", NOTHING, "no change of B can be read")
         return
-    found = look_up([_block(m) for m in seen], target.words(), noise=target.noise, progress=target.progress)
+    found = look_up([_block(m) for m in seen], target.words(), noise=target.noise)
     yield Attempt("b_factor", "adapted", found)
 
 

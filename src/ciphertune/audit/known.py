@@ -22,6 +22,7 @@ from ciphertune.audit.view import Seen, View
 from ciphertune.columns import Codes
 from ciphertune.crypto.clear import ClearPublic, parse
 from ciphertune.crypto.clear_secret import ClearSecret
+from ciphertune.errors import DataError, WireError
 
 Matrix = npt.NDArray[np.float64]
 
@@ -42,7 +43,10 @@ class Moved:
 
 
 def moved(view: View, one: Seen, initial: Adapter, layers: Sequence[str]) -> dict[str, Moved]:
-    """What the attacker knows of the given layers of an update. initial: of at least the update's rank."""
+    """What the attacker knows of the given layers of an update. initial: of at least the update's rank.
+
+    Raises DataError where an aggregate that the server had is gone or damaged.
+    """
     before = start_of(view, one, initial)
     found = {}
     for name in layers:
@@ -77,17 +81,18 @@ def moved(view: View, one: Seen, initial: Adapter, layers: Sequence[str]) -> dic
 
 
 def start_of(view: View, one: Seen, initial: Adapter) -> Adapter | None:
-    """The adapter that the client began the round with, None where the server cannot know it."""
+    """The adapter that the client began the round with, None where the server cannot know it.
+
+    Raises DataError where the server did know it and its aggregate is gone: a wrong start would hide what can be read.
+    """
     own = _first(initial, one.message.rank)
-    earlier = sorted((view.folder / "server").glob("round_*.msg"))
-    earlier = [p for p in earlier if int(p.stem.removeprefix("round_")) < one.round]
-    if not earlier or one.plan.fit_rank == "merge" or one.plan.share == "none":
+    if one.round == 0 or one.plan.fit_rank == "merge" or one.plan.share == "none":
         return own
     if one.link.public.encrypts:
         return None
     secret = ClearSecret(ClearPublic(view.settings.crypto.precision), view.settings.crypto.bound)
-    for path in earlier:
-        message, link = _aggregate(view, path.read_bytes(), one)
+    for round_ in range(one.round):
+        message, link = _aggregate(view, round_, one)
         message = cut(message, link, own.rank)
         data = wire.encode(message, link)
         own = exchange.unseal(data, link, secret, round_=message.round, rank=message.rank, base=own)[0]
@@ -122,10 +127,9 @@ def _outside_the_mean(
     view: View, one: Seen, name: str, a: Matrix, codes: Codes, shown: npt.NDArray[np.intp]
 ) -> tuple[Matrix | None, npt.NDArray[np.intp], Matrix | None]:
     """The visible columns outside the row space of the visible part of the last mean: there the start is zero."""
-    path = view.folder / "server" / f"round_{one.round - 1:04d}.msg"
-    if one.plan.aggregate != "product" or not path.is_file():
+    if one.plan.aggregate != "product":
         return None, shown, None
-    message, link = _aggregate(view, path.read_bytes(), one)
+    message, link = _aggregate(view, one.round - 1, one)
     plan, at = link.plan, [x.name for x in link.plan.layers].index(name)
     tier = columns.aggregate_tier(plan, message.contributors)
     clear = parse(message.clear, link.clear.dtype)
@@ -141,11 +145,17 @@ def _outside_the_mean(
     return a[:, shown] @ projection, shown, projection
 
 
-def _aggregate(view: View, data: bytes, one: Seen) -> tuple[wire.Message, wire.Session]:
-    """The server's own aggregate and the session it was made in. Raises WireError."""
-    head = wire.heading(data)
-    link = next((s.link for s in view.seen if s.plan.digest() == head.plan), one.link)
-    return wire.decode(data, link, wire.Expected(wire.AGGREGATE, head.round, 0, head.rank)), link
+def _aggregate(view: View, round_: int, one: Seen) -> tuple[wire.Message, wire.Session]:
+    """The server's own aggregate of a round and the session it was made in. Raises DataError."""
+    path = view.folder / "server" / f"round_{round_:04d}.msg"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: without it nobody knows from where round {one.round + 1} began")
+    try:
+        head = wire.heading(data := path.read_bytes())
+        link = next((s.link for s in view.seen if s.plan.digest() == head.plan), one.link)
+        return wire.decode(data, link, wire.Expected(wire.AGGREGATE, round_, 0, head.rank)), link
+    except (OSError, WireError) as error:
+        raise DataError(f"{path} cannot be used ({error}): put it back from a copy") from None
 
 
 def _change(after: Matrix, before: npt.NDArray[np.floating]) -> Matrix:

@@ -8,7 +8,7 @@ neither: it must be near 0.5, else members and others differ by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,15 @@ class Membership:
     others: int
 
 
-def infer(
-    model: LoraModel, adapter: Path, data: ClientData, settings: TrainingSettings, tick: Callable[[], None]
-) -> Membership:
+def infer(model: LoraModel, adapter: Path, data: ClientData, settings: TrainingSettings) -> Membership:
     """Attack a client's finished adapter with its own examples. Raises ModelError for an unreadable adapter."""
     use_threads(model, settings)
     generator = np.random.default_rng(0)
     members, others = (_some(examples, generator) for examples in (data.train, data.heldout))
     with model.model.disable_adapter():
-        base = [_losses(model, x, tick) for x in (members, others)]
+        base = [_losses(model, x) for x in (members, others)]
     load_adapter(model, adapter)
-    tuned = [_losses(model, x, tick) for x in (members, others)]
+    tuned = [_losses(model, x) for x in (members, others)]
     low, high = interval(tuned[0][:, 0], tuned[1][:, 0])
     return Membership(
         auroc=auroc(tuned[0][:, 0], tuned[1][:, 0]),
@@ -73,14 +71,17 @@ def infer(
 
 
 def auroc(members: Scores, others: Scores) -> float:
-    """The probability that a member's loss is below another's, ties counted half."""
+    """The probability that a member's loss is below another's, ties counted half, from 0 to 1.
+
+    members, others: (count,) each, at least one; of any unit, lower for what the model knows better.
+    """
     ranks = rankdata(np.concatenate([members, others]))
     over = ranks[: members.size].sum() - members.size * (members.size + 1) / 2
     return float(1 - over / (members.size * others.size))
 
 
 def interval(members: Scores, others: Scores) -> tuple[float, float]:
-    """95 % percentile bootstrap of the AUROC."""
+    """The 95 % percentile bootstrap interval of `auroc` over both groups; all of 0 to 1 for fewer than two in one."""
     if min(members.size, others.size) < 2:
         return 0.0, 1.0
     found = bootstrap(
@@ -90,7 +91,10 @@ def interval(members: Scores, others: Scores) -> tuple[float, float]:
 
 
 def tpr_at(members: Scores, others: Scores, rate: float) -> float:
-    """The share of members that is found where at most `rate` of the others is taken for members."""
+    """The share of members, 0 to 1, that is found where at most a share `rate` of the others is taken for members.
+
+    members, others: (count,) losses; `rate` is from 0 to below 1, and whole others are counted.
+    """
     allowed = int(rate * others.size)
     threshold = np.sort(others)[allowed]  # strictly below it lie at most `allowed` others
     return float(np.mean(members < threshold))
@@ -106,7 +110,7 @@ def load_adapter(model: LoraModel, folder: Path) -> None:
         raise ModelError(f"{folder} is the adapter of another model: it has {result.unexpected_keys[0]}")
 
 
-def _losses(model: LoraModel, examples: Sequence[Encoded], tick: Callable[[], None]) -> Scores:
+def _losses(model: LoraModel, examples: Sequence[Encoded]) -> Scores:
     """(examples, 2): mean loss, and minus the mean log-likelihood of the least likely 20 % of the targets."""
     rows = []
     model.model.eval()
@@ -116,7 +120,6 @@ def _losses(model: LoraModel, examples: Sequence[Encoded], tick: Callable[[], No
         likely = logits.log_softmax(-1).gather(1, _targets(model, batch)[:, None])[:, 0].cpu().double().numpy()
         least = np.sort(likely)[: max(1, round(_LEAST_LIKELY * likely.size))]
         rows.append((-likely.mean(), -least.mean()))
-        tick()
     return np.array(rows)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from pathlib import Path
-from typing import Any
 
 from ciphertune.audit.view import View
+from ciphertune.runs import Line, damage, read_lines
 
 
 def facts(view: View) -> list[str]:
     """One sentence per fact that the server's own files state."""
     found = [_who(view), _weights(view), _sizes(view), *_codes(view)]
-    lines = _lines(view.folder)
-    return [x for x in (*found, _times(lines), _losses(lines)) if x]
+    lines, damaged = read_lines(view.folder)
+    lost = f"rounds.jsonl: {damage(damaged)}" if damaged else ""
+    return [x for x in (*found, _times(lines), _losses(lines), lost) if x]
 
 
 def _who(view: View) -> str:
@@ -60,11 +59,11 @@ def _codes(view: View) -> list[str]:
     ]
 
 
-def _times(lines: list[dict[str, Any]]) -> str:
+def _times(lines: list[Line]) -> str:
     spent: dict[str, list[float]] = defaultdict(list)
     for line in lines:
-        if line.get("stage") == "train" and "seconds" in line:
-            spent[str(line["node"])].append(float(line["seconds"]))
+        if line["stage"] == "train" and "seconds" in line:
+            spent[line["node"]].append(float(line["seconds"]))
     return (
         "seconds of training per round: " + ", ".join(f"{n} {sum(s) / len(s):.1f}" for n, s in sorted(spent.items()))
         if spent
@@ -72,19 +71,14 @@ def _times(lines: list[dict[str, Any]]) -> str:
     )
 
 
-def _losses(lines: list[dict[str, Any]]) -> str:
+def _losses(lines: list[Line]) -> str:
     course: dict[str, list[float]] = defaultdict(list)
     for line in lines:
-        if line.get("stage") == "update" and "loss" in line:
-            course[str(line["node"])].append(float(line["loss"]))
+        if line["stage"] == "update" and "loss" in line:
+            course[line["node"]].append(float(line["loss"]))
     return (
         "held-out losses, first and last: "
         + ", ".join(f"{n} {x[0]:.3f} to {x[-1]:.3f}" for n, x in sorted(course.items()))
         if course
         else ""
     )
-
-
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,25 +40,20 @@ class Recovered:
         return frozenset(self.tokens)
 
 
-def look_up(
-    blocks: Sequence[Block], words: Dictionary, *, noise: float, progress: Callable[[], None] = lambda: None
-) -> Recovered:
+def look_up(blocks: Sequence[Block], words: Dictionary, *, noise: float) -> Recovered:
     """The tokens whose rows the combinations were made of."""
     blocks = [b for b in blocks if b.combinations.size and np.abs(b.combinations).max() > 0]
     if not blocks:
         return Recovered(())
     if len(blocks) == 1 and noise < _EXACT and blocks[0].combinations.shape[1] <= _FEW:
-        exact = _spanning(blocks[0], words, progress)
-        if exact.tokens:
-            return exact
-    places, tokens, rows = _candidates(blocks, words, progress)
-    found = sparse(blocks, rows, noise=noise)
-    return _ordered(places, tokens, found)
+        spanning = _spanning(blocks[0], words)
+        if spanning.tokens:
+            return spanning
+    places, tokens, rows = _candidates(blocks, words)
+    return _ordered(places, tokens, sparse(blocks, rows, noise=noise))
 
 
-def passing(
-    combinations: np.ndarray, words: Dictionary, threshold: float, progress: Callable[[], None] = lambda: None
-) -> Recovered:
+def passing(combinations: np.ndarray, words: Dictionary, threshold: float) -> Recovered:
     """The tokens whose rows lie within `threshold` of the span of the combinations (k, n)."""
     places, tokens, close = [], [], []
     if not combinations.size or not np.abs(combinations).max() > 0:
@@ -69,20 +64,16 @@ def passing(
         places.append(np.full(inside.size, place))
         tokens.append(words.tokens[inside])
         close.append(1 / np.maximum(distance[inside], 1e-9))
-        progress()
     return _ordered(np.concatenate(places), np.concatenate(tokens), np.concatenate(close), left_out=0.0)
 
 
-def _spanning(block: Block, words: Dictionary, progress: Callable[[], None]) -> Recovered:
+def _spanning(block: Block, words: Dictionary) -> Recovered:
     """The rows nearest to the span of exact combinations, if they are what it is made of; else nothing.
 
     Where tokens outnumber the combinations a little, rows that are known to be there (the text's beginning, its end at
     any place) complete the span first: subspace-augmented MUSIC (Lee, Bresler and Junge, arXiv 1004.3071).
     """
-    seen = []
-    for _, rows in words.all_rows():
-        seen.append(np.asarray(block.seen(rows), np.float64))  # distances are small
-        progress()
+    seen = [np.asarray(block.seen(rows), np.float64) for _, rows in words.all_rows()]  # distances are small
     best, used, found = _EXACT, 0, Recovered(())
     for frame in words.frames():
         if found.tokens and len(frame) > used:  # with fewer rows taken for granted it is the better answer
@@ -105,9 +96,7 @@ def _spanning(block: Block, words: Dictionary, progress: Callable[[], None]) -> 
     return found
 
 
-def _candidates(
-    blocks: Sequence[Block], words: Dictionary, progress: Callable[[], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _candidates(blocks: Sequence[Block], words: Dictionary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(places, tokens, rows) of the candidates that explain most."""
     if words.tokens.size * words.places <= _CANDIDATES:
         every = [(p, words.tokens, r) for p, r in words.all_rows()]
@@ -125,7 +114,6 @@ def _candidates(
         scores.append(found[best])
         where.append(np.full(best.size, place))
         which.append(best)
-        progress()
     top = np.argsort(-np.concatenate(scores), kind="stable")[:_CANDIDATES]
     places, indices = np.concatenate(where)[top], np.concatenate(which)[top]
     rows = np.empty((top.size, words.width), np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,7 +16,9 @@ from ciphertune.audit.recovery import Recovered
 from ciphertune.audit.report import Report, Row, judge
 from ciphertune.audit.truth import Score, Scorer, Text, data_of, trained_on
 from ciphertune.audit.view import Seen, View, read_view
+from ciphertune.errors import ModelError, StateError
 from ciphertune.lm import model as lm_model
+from ciphertune.runs import read_values
 
 ADAMW_NOISE = 1.0  # as strong as the signal: AdamW divides every entry of a gradient by its own size
 ATTACKS = (span.attack, b_factor.attack)
@@ -79,7 +80,7 @@ class Auditor:
                     return None
                 self.tick(1.0, f"membership, {node}")
                 model = self._load(adapter_rank(adapter))
-                return infer(model, adapter, data, self.view.settings.training, lambda: None)
+                return infer(model, adapter, data, self.view.settings.training)
         return None
 
     @cached_property
@@ -130,5 +131,9 @@ class Auditor:
 
 
 def adapter_rank(folder: Path) -> int:
-    """The rank of a PEFT folder."""
-    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+    """The rank of a PEFT folder. Raises ModelError."""
+    path = folder / "adapter_config.json"
+    try:
+        return int(read_values(path)["r"])
+    except (StateError, KeyError, TypeError, ValueError):
+        raise ModelError(f"{path} is absent or damaged: put it back from a copy, or move the folder away") from None

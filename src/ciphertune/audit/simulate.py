@@ -62,7 +62,6 @@ def _round(
             ]
             wishes.append(parse_wish(member.name, member.hello.budget, values["columns"], widths))
         federation.negotiate(wishes)
-        folder.plan(federation.session.plan, federation.members, {"round": round_})
     assert federation.session is not None
     folder.plan(federation.session.plan, federation.members, {"round": round_} if settings.method.negotiates else None)
     total = federation.total(federation.members)

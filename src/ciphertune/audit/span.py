@@ -33,8 +33,8 @@ def attack(target: Target) -> Iterator[Attempt]:
         return
     words = target.words()
     whole = np.concatenate([_in_place(m, words.width) for m in seen])
-    yield Attempt("span", "published", passing(whole, words, THRESHOLD, target.progress), note)
-    found = look_up(blocks(seen), words, noise=target.noise, progress=target.progress)
+    yield Attempt("span", "published", passing(whole, words, THRESHOLD), note)
+    found = look_up(blocks(seen), words, noise=target.noise)
     yield Attempt("span", "adapted", found, note)
 
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from safetensors.numpy import save
 
 from ciphertune import columns, pruning, split, wire
 from ciphertune.adapter import Adapter, FloatArray, LoraFactors
 from ciphertune.build import session
 from ciphertune.crypto.clear import parse
-from ciphertune.errors import DataError, SettingsError, WireError
+from ciphertune.errors import DataError, SettingsError, StateError, WireError
+from ciphertune.outputs import check_writable, writing
 from ciphertune.plan import Plan
-from ciphertune.runs import write, write_json
+from ciphertune.runs import read_values, write, write_json
 from ciphertune.settings import Settings, from_dict
 
 _WINDOW = 64  # values that must look like numbers in a row for bytes to count as readable
@@ -95,10 +95,10 @@ class View:
 def settings_of_run(folder: Path) -> Settings:
     """The settings a run folder was made with. Raises SettingsError."""
     try:
-        values = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-        return from_dict({k: v for k, v in values.items() if k != "overrides"})
-    except (OSError, AttributeError, yaml.YAMLError):
+        values = read_values(folder / "settings.yaml")
+    except StateError:
         raise SettingsError(f"{folder} is not a run folder: it has no readable settings.yaml") from None
+    return from_dict({k: v for k, v in values.items() if k != "overrides"})
 
 
 def read_view(folder: Path) -> View:
@@ -110,7 +110,7 @@ def read_view(folder: Path) -> View:
     plans = {p.digest(): p for p in _plans(folder)}
     seen, broken = [], {}
     for path in files:
-        round_, node = int(path.parent.name.removeprefix("round_")), path.stem
+        round_, node = _round_of(path.parent), path.stem
         try:
             one = see(path.read_bytes(), settings, plans, round_, node)
             seen.append(one)
@@ -119,6 +119,13 @@ def read_view(folder: Path) -> View:
         except (WireError, DataError) as error:
             broken[f"{round_}/{node}"] = str(error)
     return View(settings, folder, tuple(seen), broken)
+
+
+def _round_of(folder: Path) -> int:
+    number = folder.name.removeprefix("round_")
+    if not (number.isascii() and number.isdecimal()):
+        raise DataError(f"{folder} is the folder of no round: move it out of {folder.parent}")
+    return int(number)
 
 
 def see(data: bytes, settings: Settings, plans: Mapping[bytes, Plan], round_: int, node: str) -> Seen:
@@ -210,18 +217,26 @@ def looks_clear(data: bytes) -> int:
 def _plans(folder: Path) -> Iterator[Plan]:
     for path in [folder / "plan.json", *sorted((folder / "plans").glob("*.json"))]:
         if path.is_file():
-            yield Plan.from_json(path.read_text(encoding="utf-8"))
+            try:
+                yield Plan.from_json(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, WireError):
+                raise DataError(f"{path} is damaged: put it back from a copy") from None
 
 
 def write_view(folder: Path, out: Path) -> View:
-    """One safetensors file of readable tensors and one JSON of everything else per message, for any attack."""
+    """One safetensors file of readable tensors and one JSON of everything else per message, for any attack.
+
+    Raises as `read_view` does, and SettingsError where `out` cannot be written.
+    """
+    check_writable(out / "broken.json", "--out")
     found = read_view(folder)
-    for one in found.seen:
-        stem = out / f"round_{one.round:04d}" / one.node
-        tensors = {name: np.ascontiguousarray(x) for name, x in one.tensors().items()}
-        write(stem.with_name(f"{stem.name}.safetensors"), save(tensors))
-        write_json(stem.with_name(f"{stem.name}.json"), about(one))
-    write_json(out / "broken.json", dict(found.broken))
+    with writing(out, "--out"):
+        for one in found.seen:
+            stem = out / f"round_{one.round:04d}" / one.node
+            tensors = {name: np.ascontiguousarray(x) for name, x in one.tensors().items()}
+            write(stem.with_name(f"{stem.name}.safetensors"), save(tensors))
+            write_json(stem.with_name(f"{stem.name}.json"), about(one))
+        write_json(out / "broken.json", dict(found.broken))
     return found
 
 

@@ -100,7 +100,8 @@ class CkksPublic:
     def protos(self, body: bytes, count: int | None = None, *, product: bool = False) -> list[bytes]:
         """Checked wire blocks -> TenSEAL protobuf each; `count` values in all, every slot of every block by default.
 
-        product: the blocks are combinations, at the scale of a product.
+        product: the blocks are combinations, at the scale of a product. Raises FormatError for bytes that are not so
+        many whole blocks.
         """
         if len(body) % self.block_bytes:
             raise FormatError(f"{len(body)} bytes are no whole number of {self.block_bytes}-byte ciphertexts")

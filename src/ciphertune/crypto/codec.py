@@ -93,7 +93,10 @@ def seeded_ciphertext(residues: Residues, seed: bytes, parms_id: bytes, scale: f
 
 
 def split_seeded(blob: bytes, degree: int) -> tuple[Residues, bytes]:
-    """First polynomial and seed of a seeded ciphertext that this process has just saved; one prime."""
+    """First polynomial, (degree,), and seed of a seeded ciphertext that this process has just saved; one prime.
+
+    Raises FormatError for a layout that the pinned TenSEAL does not write.
+    """
     body = blob_body(blob)
     seed = body[-SEED_BYTES:]
     if len(body) != _META.size + _HEADER.size + 8 + 8 * degree + _HEADER.size + 1 + SEED_BYTES or (
@@ -110,7 +113,10 @@ def seal_array(residues: Residues) -> bytes:
 
 
 def blob_body(blob: bytes) -> bytes:
-    """The body of a SEAL blob that this process has just saved, decompressed where SEAL compressed it."""
+    """The body of a SEAL blob that this process has just saved, decompressed where SEAL compressed it.
+
+    Raises FormatError for a header that the pinned TenSEAL does not write.
+    """
     _, size, _, _, compression, _, total = _HEADER.unpack_from(blob)
     if total != len(blob) or compression not in (0, 2):
         raise FormatError("unexpected SEAL blob: this build of TenSEAL is not the pinned one")

@@ -99,7 +99,11 @@ class PackedPublic:
         return found, residues.reshape(len(blocks), 1 if seeds else 2, self.slots)
 
     def pack_sum(self, seeds: Sequence[bytes], residues: Sequence[Residues]) -> bytes:
-        """The inverse of `summed`, one block."""
+        """The inverse of `summed`: the bytes of one block.
+
+        seeds: SEED_BYTES each, in any order, none where the sum travels with both polynomials.  residues: (N,) words
+        below the modulus, one array per polynomial that travels.
+        """
         return b"".join((*sorted(seeds), *(codec.cut(r, self.params.width) for r in residues)))
 
     def check_terms(self, terms: int) -> None:
@@ -130,7 +134,10 @@ class PackedPublic:
     # --- SEAL ---------------------------------------------------------------------------------------------------------
 
     def expanded(self, residues: Residues, seeds: Sequence[bytes]) -> Any:
-        """SEAL's ciphertext of first polynomial `residues` whose second one is the sum of what the seeds stand for."""
+        """SEAL's ciphertext of first polynomial `residues` whose second one is the sum of what the seeds stand for.
+
+        residues: (N,) words below the modulus.  seeds: at least one, SEED_BYTES each. `fresh` and `summed` check both.
+        """
         total, term, evaluator = self._loaded(self._seeded(residues, seeds[0])), seal.Ciphertext(), self._evaluator
         if len(seeds) > 1:
             blob = self._seeded(np.zeros_like(residues), seeds[1])

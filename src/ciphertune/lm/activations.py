@@ -30,14 +30,12 @@ def input_norms(
     settings: TrainingSettings,
     *,
     samples: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Vector]:
     """The L2 norm (n,) of each input feature of each adapted layer, over the tokens of the first `samples` examples.
 
     Named and ordered as in `LoraModel.read`. Padding does not count. A layer that reads pooled rows (batch, n) counts
     all of them; one that no example reaches has norms 0. The adapter acts as it is; dropout is off.
     Values are not checked: a model that computes NaN has norms of NaN.
-    progress: called after every batch with (examples done, examples).
     Raises DataError without data, ModelError for a layer whose input cannot be told from padding, ValueError when
     `samples` is below 1.
     """
@@ -55,7 +53,7 @@ def input_norms(
             for name, layer in layers.items():
                 stack.enter_context(layer.register_forward_pre_hook(sums.hook(name)))
             model.model.eval()
-            _forward(model, chosen, settings.eval_batch_size, sums, progress)
+            _forward(model, chosen, settings.eval_batch_size, sums)
     finally:
         model.model.train(training)
     return {name: np.sqrt(squares) for name, squares in sums.squares.items()}
@@ -99,21 +97,12 @@ class _Sums:
         )
 
 
-def _forward(
-    model: LoraModel,
-    examples: Sequence[Encoded],
-    size: int,
-    sums: _Sums,
-    progress: Callable[[int, int], None] | None,
-) -> None:
+def _forward(model: LoraModel, examples: Sequence[Encoded], size: int, sums: _Sums) -> None:
     for start in range(0, len(examples), size):
-        chunk = examples[start : start + size]
-        batch = collate(chunk, model)
+        batch = collate(examples[start : start + size], model)
         sums.mask = batch.attention_mask.bool()
         with torch.inference_mode(), _autocast(model):
             model.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        if progress is not None:
-            progress(start + len(chunk), len(examples))
 
 
 def _float64(values: torch.Tensor) -> Vector:

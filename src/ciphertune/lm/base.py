@@ -20,40 +20,17 @@ from transformers.utils import logging as transformers_logging
 
 from ciphertune.errors import ModelError
 from ciphertune.lm import quantization
+from ciphertune.model_folder import TOKENIZER_FILES, resolve
 from ciphertune.settings import ModelSettings
-
-# At least one of these is in every folder that AutoTokenizer can read.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json")
-
-
-def resolve(name: str) -> str:
-    """Where the model `name` is: the folder of the embedded model, an existing folder, or the hub id unchanged.
-
-    Raises ModelError when the name is empty, or is a path at which there is no model folder.
-    """
-    if not name:
-        raise ModelError("model.name is empty: give a folder, a hub id, or 'embedded'")
-    if name == "embedded":
-        return str(Path(__file__).resolve().parent.parent / "assets" / "base")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.name={name!r} has no config.json: give the folder of a transformers model")
-        return str(folder)
-    if folder.exists():
-        raise ModelError(f"model.name={name!r} is a file: give the folder that holds the model")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model.name={name!r} does not exist: give the folder of a model, a hub id, or 'embedded'")
-    return name
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer of the model. Raises ModelError when the model or its tokenizer cannot be found or read."""
     where = _reachable(settings.name)
     local = Path(where).is_dir()
-    if local and not any((Path(where) / file).is_file() for file in _TOKENIZER_FILES):
+    if local and not any((Path(where) / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(
-            f"model.name={settings.name!r} has no tokenizer: put its files there, e.g. {_TOKENIZER_FILES[0]} "
+            f"model.name={settings.name!r} has no tokenizer: put its files there, e.g. {TOKENIZER_FILES[0]} "
             "(tokenizer.save_pretrained writes them)"
         )
     try:
@@ -157,10 +134,6 @@ def _reachable(name: str) -> str:
     """`resolve`; of a hub id the config.json is fetched first, so that an unreachable hub is reported once, early."""
     where = resolve(name)
     if not Path(where).is_dir():
-        if name == "embedded":
-            raise ModelError(
-                f"the embedded model is missing from this installation ({where}): install the package anew"
-            )
         from huggingface_hub import hf_hub_download
 
         logger = logging.getLogger("huggingface_hub.utils._http")

@@ -75,8 +75,6 @@ def _rows(
     data: DataSettings, model: ModelSettings, client: int, clients: int, path: str
 ) -> tuple[str, list[Line], list[Line]]:
     """A name, the training lines and the held-out lines of a file or a hub data set, all checked."""
-    if model.task == "classification" and not data.labels and data.source == "jsonl":
-        raise DataError("data.labels is empty: name every label, e.g. data.labels=[negative,positive]")
     if data.source == "hf":
         name, own = f"{data.dataset}[{data.split}]", load_hub(data, client=client, clients=clients)
     else:

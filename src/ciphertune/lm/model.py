@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import ModelError
 from ciphertune.lm import quantization
-from ciphertune.lm.base import heads, load_base, load_tokenizer, new_modules, pick_autocast, pick_device, resolve
+from ciphertune.lm.base import heads, load_base, load_tokenizer, new_modules, pick_autocast, pick_device
 from ciphertune.settings import ModelSettings
 
-__all__ = ["LoraModel", "adapt", "load", "load_tokenizer", "resolve"]
+__all__ = ["LoraModel", "adapt", "load", "load_tokenizer"]
 
 _NAME = "default"  # PEFT's name of the one adapter
 _TASKS = {"causal_lm": TaskType.CAUSAL_LM, "classification": TaskType.SEQ_CLS}
@@ -98,7 +98,10 @@ class LoraModel:
                 base.weight.add_(values.to(base.weight))
 
     def freeze(self, factor: str) -> None:
-        """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train."""
+        """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train.
+
+        Raises ValueError for any other factor.
+        """
         if factor not in ("", "a", "b"):
             raise ValueError(f"factor {factor!r}: want 'a', 'b' or ''")
         self.frozen = factor

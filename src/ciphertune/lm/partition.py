@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,17 +28,17 @@ def divide(rows: Sequence[Row], data: DataSettings, *, client: int, clients: int
     """
     if data.partition == "none":
         return list(rows)
+    order = np.random.default_rng(data.seed).permutation(len(rows)).tolist()  # a file is often sorted
+    columns: dict[str, list[Any]] = {"row": order}
+    if data.partition != "iid":
+        columns[_KEY] = [_key(rows[i], data.partition_by) for i in order]
     with _one_line(data, clients):
         from datasets import Dataset
 
-        order = np.random.default_rng(data.seed).permutation(len(rows)).tolist()  # a file is often sorted
-        columns: dict[str, list[Any]] = {"row": order}
-        if data.partition != "iid":
-            columns[_KEY] = [_key(rows[i], data.partition_by) for i in order]
         partitioner = _partitioner(data, clients, _KEY)
         partitioner.dataset = Dataset.from_dict(columns)
         share = _share(partitioner.load_partition, partitioner, data, client, clients)
-        return [rows[record["row"]] for record in share]
+    return [rows[record["row"]] for record in share]
 
 
 def load_hub(data: DataSettings, *, client: int, clients: int) -> list[Row]:
@@ -58,17 +60,17 @@ def load_hub(data: DataSettings, *, client: int, clients: int) -> list[Row]:
             seed=data.seed,
         )
         if partitioner is None:
-            records, features = [federated.load_split(data.split)], federated.load_split(data.split).features
+            split = federated.load_split(data.split)
+            records, features = list(split), split.features
         else:
             assigned = federated.partitioners[data.split]
             features = assigned.dataset.features
-            records = [_share(federated.load_partition, assigned, data, client, clients)]
-        named = _named_labels(features, data)
-        return [
-            Row(f"{data.dataset}[{data.split}] row {number}", named(dict(record)))
-            for part in records
-            for number, record in enumerate(part, start=1)
-        ]
+            records = _share(federated.load_partition, assigned, data, client, clients)
+    named = _named_labels(features, data)
+    return [
+        Row(f"{data.dataset}[{data.split}] row {number}", named(dict(record)))
+        for number, record in enumerate(records, start=1)
+    ]
 
 
 def _partitioner(data: DataSettings, clients: int, column: str) -> Any:
@@ -125,7 +127,10 @@ def _is_class(record: dict[str, Any], names: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _one_line(data: DataSettings, clients: int) -> Iterator[None]:
-    """Errors of datasets and flwr-datasets as one DataError; no retry warnings, no progress bars."""
+    """Around calls into datasets and flwr-datasets: their errors as one DataError, no retry warnings, no progress bars.
+
+    An error that neither data nor a connection explains leaves its trace in the log.
+    """
     source = f"data.dataset={data.dataset!r}" if data.source == "hf" else "the data file"
     try:
         with warnings.catch_warnings(), np.errstate(invalid="raise"), contextlib.redirect_stderr(io.StringIO()):
@@ -137,6 +142,8 @@ def _one_line(data: DataSettings, clients: int) -> Iterator[None]:
         wanted = f"data.source={data.source} with data.partition={data.partition}"
         raise DataError(f'{wanted} needs {error.name}: pip install "ciphertune[hub]"') from None
     except Exception as error:  # the hub, the network, pyarrow, the partitioners: no common base class
+        if not isinstance(error, OSError | ValueError | ArithmeticError):
+            logging.getLogger("ciphertune").error("%s", traceback.format_exc())
         text = (str(error).strip().splitlines() or [""])[0][:200]
         remedy = (
             "raise data.dirichlet_alpha, change data.seed or use fewer clients"
@@ -148,4 +155,4 @@ def _one_line(data: DataSettings, clients: int) -> Iterator[None]:
         raise DataError(
             f"{source} cannot be loaded and divided by {data.partition} among {clients} clients "
             f"({type(error).__name__}: {text}): {remedy}"
-        ) from None
+        ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from ciphertune.errors import DataError, ModelError
+from ciphertune.errors import DataError, StateError
 from ciphertune.lm.batches import collate, count_targets, loss_sum, use_threads
 from ciphertune.lm.formats import Encoded
 from ciphertune.lm.model import LoraModel
@@ -29,9 +28,7 @@ class TrainResult:
     """What a call of `train` did. Losses are in nats per target token, or per example for classification."""
 
     loss: float  # mean over the steps; NaN or infinite when training diverged
-    steps: int  # optimizer steps
     samples: int  # size of the training set, the weight of this client in an average
-    seconds: float
     losses: tuple[float, ...]  # one per step
 
 
@@ -48,12 +45,11 @@ def train(
 
     state: a file that carries AdamW's moments from one call to the next; created when absent.
     progress: called after every step with (steps done, steps, loss).
-    Raises DataError without data, ModelError when `state` is damaged. A loss that is not finite is returned as it is.
+    Raises DataError without data, StateError when `state` is damaged. A loss that is not finite is returned as it is.
     """
     if not data:
         raise DataError("there is no training example: check the data settings of this client")
     use_threads(model, settings)
-    started = time.perf_counter()
     model.freeze(model.frozen)  # PEFT's disable_adapter() leaves every factor trainable
     parameters = model.trainable()
     optimizer = _optimizer(parameters, settings)
@@ -73,8 +69,7 @@ def train(
     model.model.eval()
     if state is not None and _finite(optimizer):  # a step that went to NaN must not spoil the next round
         _store(optimizer, parameters, state)
-    seconds = time.perf_counter() - started
-    return TrainResult(float(np.mean(losses)), settings.steps, len(data), seconds, tuple(losses))
+    return TrainResult(float(np.mean(losses)), len(data), tuple(losses))
 
 
 def _step(
@@ -161,7 +156,7 @@ def _load(state: Path) -> dict[str, torch.Tensor]:
     try:
         saved: dict[str, torch.Tensor] = load_file(state)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{state} is not a readable optimizer state ({error}): delete it to start afresh") from None
+        raise StateError(f"{state} cannot be read back ({error}): remove it to start with fresh moments") from None
     return saved
 
 

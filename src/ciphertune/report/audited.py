@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ciphertune.report.source import Run, mappings, number, text
+from ciphertune.report.source import Run, mappings, text
+from ciphertune.runs import number
 
 _MOST_ATTACKS = 40
 

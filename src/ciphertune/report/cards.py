@@ -9,7 +9,8 @@ from ciphertune.report import figures, plans, words
 from ciphertune.report.audited import audit
 from ciphertune.report.people import clients, encrypted, traffic
 from ciphertune.report.show import count, duration, share, show
-from ciphertune.report.source import Run, number, pick, score, text
+from ciphertune.report.source import Run, pick, score, text
+from ciphertune.runs import number
 from ciphertune.scores import size
 
 

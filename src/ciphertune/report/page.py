@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.comparison import shown
-from ciphertune.errors import SettingsError
+from ciphertune.outputs import writing
 from ciphertune.plan import Plan
 from ciphertune.report import figures, plans, words
 from ciphertune.report.audited import audit
@@ -26,12 +26,8 @@ def write_page(folder: Path, out: Path | None = None) -> Path:
     """
     path = out or folder / "report.html"
     made = page(read_run(folder)).encode(errors="replace")
-    if path.is_dir():
-        raise SettingsError(f"{path} is a folder: name a file with --out")
-    try:
+    with writing(path, "--out"):
         write(path, made)
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written ({error.strerror}): give another --out") from None
     return path
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ciphertune.report.figures import CRYPTOGRAPHY
 from ciphertune.report.show import duration, natural, share, show
-from ciphertune.report.source import Run, mappings, number, pick, score, text
+from ciphertune.report.source import Run, mappings, pick, score, text
+from ciphertune.runs import number
 from ciphertune.scores import size
 
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from ciphertune.errors import FormatError
 from ciphertune.plan import Plan
-from ciphertune.report.source import Run, mappings, number, pick, text
+from ciphertune.report.source import Run, mappings, pick, text
+from ciphertune.runs import number
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,15 @@ taken when all that it says has the right type, and named when it is left out; o
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ciphertune.errors import SettingsError
-
-_COUNTS = (
-    "seconds", "bytes_up", "bytes_down", "clear_bytes", "cipher_bytes", "values_clear", "values_cipher", "samples",
-    "loss", "train_loss", "contributors",
-)  # fmt: skip
-_LARGEST = 1e18
-_NAMED_FAULTS = 5
+from ciphertune.errors import SettingsError, StateError
+from ciphertune.runs import damage, number, read_lines, read_values
 
 
 @dataclass(frozen=True)
@@ -64,11 +55,12 @@ def read_run(folder: Path) -> Run:
     if not (folder / "settings.yaml").is_file() and not (folder / "summary.json").is_file():
         raise SettingsError(f"{folder} is not the folder of a run: give one with a settings.yaml, such as runs/NAME")
     faults: list[str] = []
-    lines = _lines(folder / "rounds.jsonl", faults)
-    settings = _settings(folder / "settings.yaml", faults)
+    lines = _lines(folder, faults)
+    settings = _values(folder / "settings.yaml", faults)
     found = {
-        name: _json(folder / f"{name}.json", faults, wanted=name != "audit")
+        name: _values(folder / f"{name}.json", faults)
         for name in ("versions", "plan", "summary", "audit")
+        if name != "audit" or (folder / "audit.json").is_file()
     }
     clients = folder / "clients"
     try:
@@ -82,7 +74,7 @@ def read_run(folder: Path) -> Run:
         plan=found["plan"],
         lines=tuple(lines),
         summary=found["summary"],
-        audit=found["audit"] or None,
+        audit=found.get("audit") or None,
         faults=tuple(faults),
         adapters=tuple(adapters),
         simulated=clients.is_dir(),
@@ -94,13 +86,6 @@ def pick(values: Any, *path: str) -> Any:
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values
-
-
-def number(value: Any) -> float | None:
-    """A finite number that is not negative, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value <= _LARGEST else None
 
 
 def text(value: Any, longest: int = 200) -> str:
@@ -120,64 +105,21 @@ def score(values: Any, metric: str) -> float | None:
     return number(pick(values, "loss") if metric == "loss" else pick(values, "metric", metric))
 
 
-def _lines(path: Path, faults: list[str]) -> list[Mapping[str, Any]]:
-    kept: list[Mapping[str, Any]] = []
-    damaged: list[int] = []
-    for place, line in enumerate(_read(path, faults).splitlines(), 1):
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = None
-        if _is_line(values):
-            kept.append(values)
-        elif line.strip():
-            damaged.append(place)
+def _lines(folder: Path, faults: list[str]) -> list[Mapping[str, Any]]:
+    try:
+        kept, damaged = read_lines(folder)
+    except StateError:
+        kept, damaged = [], []
     if damaged:
-        shown = ", ".join(map(str, damaged[:_NAMED_FAULTS])) + (", ..." if len(damaged) > _NAMED_FAULTS else "")
-        word = "line" if len(damaged) == 1 else "lines"
-        faults.append(f"{path.name}: {len(damaged)} damaged {word} left out ({word} {shown}).")
-    return kept
+        faults.append(f"rounds.jsonl: {damage(damaged)}.")
+    elif not kept and not (folder / "rounds.jsonl").is_file():
+        faults.append("rounds.jsonl is missing.")
+    return list(kept)
 
 
-def _is_line(values: Any) -> bool:
-    """Whether a line says when, what and who, and every figure in it is one."""
-    if not isinstance(values, dict) or not all(isinstance(values.get(k), str) for k in ("stage", "node")):
-        return False
-    round_ = values.get("round")
-    if type(round_) is not int or not 0 <= round_ < 10**6:
-        return False
-    metric = values.get("metric", {})
-    figures: Iterable[Any] = [values[k] for k in _COUNTS if k in values]
-    if not isinstance(metric, dict):
-        return False
-    return all(number(x) is not None for x in (*figures, *metric.values()))
-
-
-def _json(path: Path, faults: list[str], *, wanted: bool) -> dict[str, Any]:
-    if not wanted and not path.is_file():
+def _values(path: Path, faults: list[str]) -> dict[str, Any]:
+    try:
+        return read_values(path)
+    except StateError:
+        faults.append(f"{path.name} is damaged and was left out." if path.is_file() else f"{path.name} is missing.")
         return {}
-    try:
-        values = json.loads(_read(path, faults) or "{}")
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        faults.append(f"{path.name} is damaged and was left out.")
-    return values if isinstance(values, dict) else {}
-
-
-def _settings(path: Path, faults: list[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(_read(path, faults) or "{}")
-    except (yaml.YAMLError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        faults.append(f"{path.name} is damaged and was left out.")
-    return values if isinstance(values, dict) else {}
-
-
-def _read(path: Path, faults: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        faults.append(f"{path.name} is missing.")
-        return ""

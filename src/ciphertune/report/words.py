@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from ciphertune.report.source import Run, number, pick
+from ciphertune.report.source import Run, pick
+from ciphertune.runs import number
 
 ENCRYPTED, PARTLY, READABLE, ABSENT = "encrypted", "partly", "readable", "not sent"
 
