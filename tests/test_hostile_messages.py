@@ -575,6 +575,17 @@ def test_nothing_in_a_message_makes_the_server_allocate_more_than_came(impatient
         assert peak < 16 << 20
 
 
+def test_no_message_is_taken_where_flower_joins_arrays_by_code_that_nothing_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reply = answer()
+    reply.content["payload"] = ArrayRecord({"0000": Array("bytes", (8,), "ciphertune", bytes(8))})
+    assert mail.open_reply(asked(Replies([objects_of(reply)]), most=100)[0])[1] == [bytes(8)]
+    monkeypatch.setattr(Array, "inflate", classmethod(flower._join))
+    with pytest.raises(FormatError, match="nothing bounds what Flower makes of a message: install the flwr"):
+        mail.open_reply(asked(Replies([objects_of(reply)]), timeout=0.3, most=100)[0])
+
+
 def test_arrays_are_not_limited_where_nothing_was_said(tmp_path: Path) -> None:
     reply = answer()
     reply.content["payload"] = ArrayRecord({"0000": Array("bytes", (1 << 23,), "ciphertune", bytes(1 << 23))})
