@@ -186,7 +186,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     elif plan.shared(adapter.rank) < adapter.rank:
         own = keep_own(adapter, trained, plan.shared(adapter.rank))
         save_state(client.node.folder / _STATE, own, run=client.run, round_=at, noise=noise)
-    return data, report | {"train_loss": result.loss, "samples": result.samples, "seconds": client.seconds}
+    return data, report | {"train_loss": result.loss, "seconds": client.seconds}
 
 
 def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
@@ -256,4 +256,4 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
 def _evaluate(client: Client) -> dict[str, Any]:
     with client.timed("evaluate"):
         found = lm_evaluate.evaluate(client.model, client.data.heldout, client.settings.training)
-    return {"loss": found.loss, "metrics": dict(found.metrics), "heldout": found.samples, "tokens": found.tokens}
+    return {"loss": found.loss, "metrics": dict(found.metrics), "tokens": found.tokens}
