@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from ciphertune import flower
 from ciphertune.errors import CiphertuneError, RoundMismatchError, SettingsMismatchError
-from ciphertune.node import is_simulated, node_settings
+from ciphertune.node import in_simulation, node_settings
 from ciphertune.progress import MARK
 from ciphertune.run_config import settings_of
 from ciphertune.settings import Settings
@@ -32,13 +32,18 @@ app = ClientApp()
 
 def answer(message: Message, context: Context, what: str) -> Message:
     """Open the client this message is for, do what it asks, reply. Errors become one line, never a crash of the run."""
-    simulated = is_simulated(context.node_config)
+    simulated = in_simulation()
     name = f"node {context.node_id}"
     try:
         values, payload = flower.unpack(message.content)
         settings = settings_of(CONF, context.run_config)
         node = node_settings(
-            settings, context.node_config, context.run_id, node_id=context.node_id, client=values.get("client")
+            settings,
+            context.node_config,
+            context.run_id,
+            node_id=context.node_id,
+            client=values.get("client"),
+            simulated=simulated,
         )
         name = node.name
         _same_as_server(values, settings)

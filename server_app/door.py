@@ -8,9 +8,10 @@ from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
 
 from ciphertune import flower
-from ciphertune.errors import CiphertuneError, FederationError
+from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.hello import Hello, parse_hello
 from ciphertune.settings import Settings
@@ -20,8 +21,6 @@ from server_app.mail import exchange, open_reply, say
 
 # A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
 _GREETING_SECONDS = 180.0
-# Flower's grid between machines. There a node that says it is simulated could end the run: nobody waits in simulation.
-_DEPLOYED = "HttpGrid"
 _MOST_TEXT = 1 << 22  # characters of a greeting: it names every layer
 
 
@@ -140,8 +139,12 @@ class Door:
             name = f"node {node % (1 << 32):08x}"
             try:
                 values = {} if reply.has_error() else flower.unpack(reply.content, most=_MOST_TEXT)[0]
-                simulated.append(values.get("simulated") is True and type(grid).__name__ != _DEPLOYED)
                 name = str(values["name"])[:64] if isinstance(values.get("name"), str) else name
+                claims = values.get("simulated") is True
+                # that is the grid of Flower's simulation, where nobody waits: on another such a node could end the run
+                simulated.append(claims and isinstance(grid, InMemoryGrid))
+                if claims and not simulated[-1]:
+                    raise FormatError("it says that it is simulated, and this run is between machines")
                 hellos.append(parse_hello(open_reply(reply, most=_MOST_TEXT)[0], node, client))
             except CiphertuneError as error:
                 self._refusals.append((name, str(error)))

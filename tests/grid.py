@@ -7,7 +7,8 @@ bytes that name the others by their SHA-256. Whoever sends a reply decides all o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -18,6 +19,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from client_app.app import app
 
@@ -53,11 +55,13 @@ def set_metadata(message: Message, **fields: Any) -> Message:
     return message
 
 
-class LocalGrid(Grid):
+class _InProcess(Grid):
     """`nodes`: node id -> node config. `tamper`: what a hostile client or network makes of a reply.
 
     `outgoing`: a message type, and what a hostile server makes of such a message.
     """
+
+    simulation: ClassVar[bool]  # whether Flower's simulation engine runs the nodes of which it makes the settings
 
     def __init__(
         self,
@@ -99,9 +103,12 @@ class LocalGrid(Grid):
             if self.outgoing and message.metadata.message_type == self.outgoing[0]:
                 self.outgoing[1](message)
             message.content = through_bytes(message.content)
-            context = Context(self.run_id, node, self.nodes[node], RecordDict(), self.run_config)
+            config = self.nodes[node]
+            context = Context(self.run_id, node, config, RecordDict(), self.run_config)
+            engine = self.simulation and set(config) == {"partition-id", "num-partitions"}
             try:
-                reply = app(message, context)
+                with patch("client_app.app.in_simulation", return_value=engine):
+                    reply = app(message, context)
                 reply.content = through_bytes(reply.content)
             except Exception as error:
                 reply = Message(Error(0, str(error)), reply_to=message)
@@ -125,6 +132,18 @@ class LocalGrid(Grid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return self.pull_messages(self.push_messages(messages))
+
+
+class LocalGrid(_InProcess, InMemoryGrid):
+    """Flower's grid of a simulation; nodes with settings of their own in it do as real ones."""
+
+    simulation = True
+
+
+class DeployedGrid(_InProcess, HttpGrid):
+    """Flower's grid between machines."""
+
+    simulation = False
 
 
 def simulated(count: int) -> dict[int, dict[str, Any]]:

@@ -87,7 +87,8 @@ Vector = npt.NDArray[np.float64]
 
 @cache
 def params_of(name: str) -> CkksParams | PackedParams:
-    crypto = compose(CONF, ["method=sealed", f"crypto={name}"]).crypto
+    method = "she_lora" if name == "ckks_product" else "sealed"
+    crypto = compose(CONF, [f"method={method}", f"crypto={name}"]).crypto
     return packed_params(crypto) if crypto.packed else ckks_params(crypto)
 
 

@@ -213,7 +213,7 @@ def test_packages_that_are_absent_or_out_of_range_are_named_with_the_remedy(
         ('name=lab-a key-file="k"', "", "cannot be read"),
         ('name="a" on the bench', "", "'on', which Flower passes over"),
         ("/no/such/node=1.toml", "", "cannot be read"),
-        ("partition-id=0 num-partitions=3", "", "taken for a simulated one"),
+        ("partition-id=0 num-partitions=3", "", "ciphertune keys create"),
     ],
 )
 def test_settings_that_a_node_would_refuse_are_one_line_and_what_follows_waits(

@@ -18,7 +18,7 @@ import pytest
 from conftest import CONF
 from federations import Lab, rounds, said, summary
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from grid import LocalGrid, Objects, Wire, message_of, objects_of, set_metadata
+from grid import DeployedGrid, LocalGrid, Objects, Wire, message_of, objects_of, set_metadata
 from safetensors.numpy import load_file
 
 from ciphertune import exchange, flower
@@ -388,18 +388,16 @@ def test_a_greeting_of_nonsense_under_another_labs_name_counts_against_nobody(
     assert "round 3/3: 4 of 4 clients" in text and "excluded" not in summary(run)
 
 
-class HttpGrid(LocalGrid):
-    """What Flower calls the grid between machines."""
-
-
 class Waited(Exception):
     """Instead of a pause before the next look."""
 
 
-@pytest.mark.parametrize(("kind", "outcome"), [(HttpGrid, Waited), (LocalGrid, FederationError)])
+@pytest.mark.parametrize(("kind", "outcome"), [(DeployedGrid, Waited), (LocalGrid, FederationError)])
 def test_a_node_that_claims_to_be_simulated_does_not_keep_a_deployment_from_waiting_for_the_others(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[LocalGrid], outcome: type[Exception]
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, outcome: type[Exception]
 ) -> None:
+    """The kinds are Flower's own classes but for the wire."""
+
     def claim(reply: Message, source: int) -> Message:
         values, sent = flower.unpack(reply.content)
         reply.content = flower.pack(values | {"simulated": True}, sent)
@@ -413,8 +411,11 @@ def test_a_node_that_claims_to_be_simulated_does_not_keep_a_deployment_from_wait
     settings = compose(CONF, overrides)
     grid = kind(named(tmp_path, 1), config, claim)
     monkeypatch.setattr("server_app.door.time.sleep", sleep)
+    door = Door(settings, Federation(settings, 4242))
     with pytest.raises(outcome):
-        Door(settings, Federation(settings, 4242)).gather(grid)
+        door.gather(grid)
+    refused = ["lab-0: it says that it is simulated, and this run is between machines"]
+    assert door._reasons() == (refused if kind is DeployedGrid else [])
 
 
 # ------------------------------------------------------------------------------------------- the parts, one by one
@@ -572,6 +573,17 @@ def test_nothing_in_a_message_makes_the_server_allocate_more_than_came(impatient
         with pytest.raises(FormatError, match="than any that"):
             mail.open_reply(found)
         assert peak < 16 << 20
+
+
+def test_no_message_is_taken_where_flower_joins_arrays_by_code_that_nothing_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reply = answer()
+    reply.content["payload"] = ArrayRecord({"0000": Array("bytes", (8,), "ciphertune", bytes(8))})
+    assert mail.open_reply(asked(Replies([objects_of(reply)]), most=100)[0])[1] == [bytes(8)]
+    monkeypatch.setattr(Array, "inflate", classmethod(flower._join))
+    with pytest.raises(FormatError, match="nothing bounds what Flower makes of a message: install the flwr"):
+        mail.open_reply(asked(Replies([objects_of(reply)]), timeout=0.3, most=100)[0])
 
 
 def test_arrays_are_not_limited_where_nothing_was_said(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 import pytest
 import tenseal.sealapi as seal
 
-from ciphertune.adapter import Adapter, LoraFactors, in_bfloat16
+from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.crypto import codec
 from ciphertune.crypto.packed import PackedPublic
 from ciphertune.crypto.packed_secret import PackedSecret, generate_key
 from ciphertune.crypto.params import PackedParams
+from ciphertune.noise import Noise, released
 
 Vector = npt.NDArray[np.float64]
 
@@ -72,7 +73,8 @@ def attacked(params: PackedParams, release: Callable[[Vector], Vector], size: fl
 def rounded(values: Vector, noise: float = 0.0) -> Vector:
     """As a client rounds the adapter that it saves; without `noise`, to bfloat16 alone."""
     wrapped = Adapter({"x": LoraFactors(values[None].astype(np.float32), np.zeros((1, 1), np.float32), 1.0)}, {})
-    return in_bfloat16(wrapped, noise=noise).layers["x"].a[0].astype(np.float64)
+    kept = released(wrapped, Noise(np.array([noise]), np.array([noise])), product=False)
+    return kept.layers["x"].a[0].astype(np.float64)
 
 
 CKKS = pytest.mark.parametrize("bits", [40, 48])

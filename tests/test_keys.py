@@ -18,15 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tenseal.sealapi as seal
+from conftest import CONF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ciphertune import build_client
 from ciphertune.crypto import codec, keys
 from ciphertune.crypto.ckks import CkksPublic, CkksSum
 from ciphertune.crypto.ckks_secret import CkksSecret, generate_key
 from ciphertune.crypto.params import CkksParams
 from ciphertune.crypto.secret import SecretKey
-from ciphertune.errors import KeyFileError
+from ciphertune.errors import CiphertuneError, KeyFileError
+from ciphertune.settings import compose
 from tests.oracle import SEALED, key_residues, residues
 
 
@@ -538,3 +541,36 @@ def test_rounded_values_resist_this_simple_attack_which_is_no_proof(
     sums, published = two_rounds(CkksSecret(SEALED, key))
     found = Eavesdropper(CkksPublic(SEALED)).key(sums, [rounded(values) for values in published])
     assert np.mean(found == key_residues(key.reveal(), SEALED)[0]) < 0.01
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_the_folder_is_on_the_disk_for_good_once_the_key_is_in_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, rotates: bool
+) -> None:
+    """A name that only the system's memory holds is lost with the power: of a rotation, both names."""
+    if rotates:
+        keys.save(small_key(1), path)
+    synced: list[list[str]] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            assert os.path.samestat(os.fstat(descriptor), path.parent.stat())
+            assert keys.load(path).fingerprint == small_key(2).fingerprint
+            synced.append([p.name for p in path.parent.iterdir() if not p.name.startswith(".")])
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if rotates:
+        _, kept = keys.rotate(path, small_key(2))
+        assert len(synced) == 1 and set(synced[0]) == {path.name, kept.name}
+    else:
+        keys.save(small_key(2), path)
+        assert synced == [[path.name]]
+
+
+def test_without_files_in_memory_nothing_that_needs_a_key_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    for crypto in ("ckks_packed", "bfv_packed", "ckks"):
+        with pytest.raises(CiphertuneError, match="so that no key meets the disk: run it on Linux"):
+            build_client.generate_key(compose(CONF, ["method=sealed", f"crypto={crypto}"]).crypto)

@@ -403,3 +403,35 @@ def test_no_command_and_no_error_shows_anything_secret(run: Run, sent: Path, cap
             part = secret[at : at + 12]
             for form in (part.hex(), base64.b64encode(part).decode(), part.decode("latin-1"), repr(part)[2:-1]):
                 assert form not in text
+
+
+# ---------------------------------------------------------------------------------------------- names that are no files
+
+
+@pytest.mark.parametrize("out", [".", "/", ""])
+def test_a_folder_where_a_file_is_to_be_written_is_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    key, identity = tmp_path / "lab.key", tmp_path / "lab"
+    assert run("create", "--out", key)[0] == run("identity", "--out", identity)[0] == 0
+    before = beside(key)
+    monkeypatch.chdir(tmp_path)
+    for words_ in (("identity",), ("offer", key, "--to", f"{identity}.pub")):
+        status, _, err = run(*words_, "--out", out)
+        assert status == 2 and err.count("\n") == 1 and "is a folder: give the name of a file in it" in err
+    assert beside(key) == before
+
+
+def test_a_name_or_a_fingerprint_of_any_length_is_one_line(run: Run, tmp_path: Path) -> None:
+    key, long = tmp_path / "lab.key", "a" * 300
+    assert run("create", "--out", key)[0] == 0
+    for words_, part in (
+        (("check", key, long), "32 hexadecimal digits, not 300"),
+        (("check", key, "anchor" * 50), "is no word of a fingerprint"),
+        (("check", key, f"./{long}"), "File name too long"),
+        (("create", "--out", tmp_path / long), "File name too long"),
+        (("identity", "--out", tmp_path / long), "File name too long"),
+    ):
+        status, _, err = run(*words_)
+        assert status == 2 and err.count("\n") == 1 and part in err
+    assert beside(key) == ["lab.key"]

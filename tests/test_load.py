@@ -42,10 +42,10 @@ def client(message: Message, context: Context) -> Message:
     settings, values = _settings(), flower.unpack(message.content)[0]
     k = int(context.node_config["partition-id"])
     rank, secret = RANKS[k % len(RANKS)], ClearSecret(ClearPublic("float32"), settings.crypto.bound)
-    report = {"loss": 2.0, "metrics": {"perplexity": 7.4}, "heldout": 4, "tokens": 40, "train_loss": 2.0}
+    report = {"loss": 2.0, "metrics": {"perplexity": 7.4}, "tokens": 40, "train_loss": 2.0}
     if message.metadata.message_type == "query.join":
         hello = {
-            "name": f"client-{k}", "index": k, "simulated": True, "rank": rank, "budget": 0.0, "samples": 10 + k,
+            "name": f"client-{k}", "simulated": True, "rank": rank, "budget": 0.0, "samples": 10 + k,
             "heldout": 4, "layers": [[x.name, x.m, x.n] for x in LAYERS], "heads": [], "key": bytes(16).hex(),
             "parameters": secret.public.digest().hex(), "settings": settings.digest().hex(), "code": code_digest(),
             "initial": "0" * 16, "identity": f"{k:032x}",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import federations
 import pytest
 from conftest import CONF
+from federations import Lab
+from grid import DeployedGrid, simulated
 
-from ciphertune.errors import SettingsError
-from ciphertune.node import node_settings, run_folder
+from ciphertune import flower
+from ciphertune.errors import FederationError, SettingsError
+from ciphertune.node import in_simulation, node_settings, run_folder
 from ciphertune.settings import ClientSettings, CryptoSettings, FederationSettings, Settings, compose
 
 SETTINGS = Settings(
@@ -21,7 +28,8 @@ SETTINGS = Settings(
 
 
 def node(config: dict[str, Any], client: int | None = None) -> Any:
-    return node_settings(SETTINGS, config, 7, node_id=99, client=client)
+    played = set(config) == {"partition-id", "num-partitions"}
+    return node_settings(SETTINGS, config, 7, node_id=99, client=client, simulated=played)
 
 
 def test_simulation_takes_each_clients_defaults_from_the_federation() -> None:
@@ -119,7 +127,8 @@ def test_a_real_node_refuses_to_send_b_and_most_of_a_in_the_clear_unless_it_was_
     clear = compose(CONF, ["method=she_lora", "crypto=clear"])
     with pytest.raises(SettingsError, match="would send this node's update in the clear"):
         node_settings(clear, config, 7, node_id=99)
-    assert node_settings(settings, {"partition-id": 0, "num-partitions": 4}, 7, node_id=99).simulated
+    parts = {"partition-id": 0, "num-partitions": 4}
+    assert node_settings(settings, parts, 7, node_id=99, simulated=True).simulated
 
 
 def test_a_simulation_of_more_nodes_than_the_federation_lists_has_as_many_clients() -> None:
@@ -131,3 +140,55 @@ def test_a_simulation_of_more_nodes_than_the_federation_lists_has_as_many_client
 def test_numbers_that_are_none_are_of_the_wrong_type(config: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="is of the wrong type"):
         node({"name": "a", "key-file": "/k", **config})
+
+
+# ------------------------------------------------------------------------------------ simulated, or a lab's own machine
+
+# what Flower's simulation gives a node, and also what its guides start a SuperNode with
+PARTS = {"partition-id": 0, "num-partitions": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [("method=fedavg", "would send this node's update in the clear"), ("method=sealed", "this node has no key file")],
+)
+def test_a_real_node_that_says_no_more_than_a_simulated_one_refuses_to_send_in_the_clear_or_to_make_a_key(
+    overrides: str, part: str
+) -> None:
+    with pytest.raises(SettingsError, match=part):
+        node_settings(compose(CONF, overrides), PARTS, 7, node_id=99)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "sealed"])
+def test_between_machines_such_nodes_send_nothing_no_text_of_an_error_and_make_no_key(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(federations, "LocalGrid", DeployedGrid)
+    with pytest.raises(FederationError, match="0 of at least 4 clients"):
+        lab(f"method={method} federation.wait_timeout=1", nodes=simulated(4))
+    assert lab.grid is not None and len(lab.grid.answered) == 4
+    for _, reply in lab.grid.answered:
+        values, payload = flower.unpack(reply.content)
+        assert values == {"error": "SettingsError", "line": "", "name": values["name"], "simulated": False}
+        assert payload == []
+    assert not list(lab.runs.rglob("secret.key"))
+
+
+def test_this_process_is_no_simulation() -> None:
+    assert not in_simulation()
+
+
+@pytest.mark.slow
+def test_an_actor_of_flowers_simulation_knows_that_it_is_one_and_the_process_that_started_it_that_it_is_none() -> None:
+    code = """
+import json, ray
+from flwr.simulation.ray_transport.ray_actor import ClientAppActor
+from ciphertune.node import in_simulation
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+def app():
+    return lambda message, context: in_simulation()
+inside = ray.get(ClientAppActor.remote().run.remote(app, None, "0", None))[1]
+print(json.dumps([inside, in_simulation()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [True, False]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -65,17 +64,10 @@ def difference(one: Adapter, two: Adapter) -> Adapter:
     return Adapter(layers, {n: h - two.heads[n] for n, h in one.heads.items()})
 
 
-def in_bfloat16(adapter: Adapter, *, noise: float = 0.0) -> Adapter:
-    """The adapter with every value rounded to the nearest bfloat16 (8 bits, ties to even), still in float32.
-
-    noise: standard deviation of the noise in it that must not show. bfloat16 keeps 8 bits of however small a value, so
-    values are made multiples of a power of two first, of at least 256 such deviations.
-    """
-    step = 2.0 ** math.ceil(math.log2(256 * noise)) if noise else 0.0
+def in_bfloat16(adapter: Adapter) -> Adapter:
+    """The adapter with every value rounded to the nearest bfloat16 (8 bits, ties to even), still in float32."""
 
     def rounded(values: FloatArray) -> FloatArray:
-        if step:
-            values = np.rint(values.astype(np.float64) / step) * step
         bits = values.astype(np.float32).view(np.uint32)
         kept = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
         return np.where(np.isfinite(values), kept.view(np.float32), values).astype(np.float32)

@@ -19,7 +19,7 @@ from ciphertune.check_link import Answer, Link, ask, certificate, clock
 from ciphertune.check_parts import Node, data, device, key, model
 from ciphertune.check_room import disk, memory
 from ciphertune.errors import CiphertuneError, SettingsError
-from ciphertune.node import is_simulated, node_settings
+from ciphertune.node import node_settings
 from ciphertune.settings import Settings
 
 _SHOWN = ("flwr", "torch", "tenseal")
@@ -84,11 +84,6 @@ def _line(name: str, look: Callable[[], str]) -> Line:
 
 
 def _node(settings: Settings, config: Mapping[str, Any], conf: Path) -> Node:
-    if is_simulated(config):
-        raise SettingsError(
-            "a node that says no more than partition-id and num-partitions is taken for a simulated one: "
-            "say name and key-file as well"
-        )
     return Node(settings, node_settings(settings, config, 0, node_id=0), conf)
 
 

@@ -187,6 +187,12 @@ def _check_method(settings: Settings) -> None:
         )
     if method.aggregate == "product" and crypto.backend != "clear" and (crypto.packed or not crypto.coefficient_bits):
         raise SettingsError(f"method={method.name} multiplies ciphertexts by plaintexts: use crypto=ckks_product")
+    if method.aggregate != "product" and crypto.backend == "ckks" and crypto.coefficient_bits:
+        raise SettingsError(
+            f"method={method.name} only adds: crypto.coefficient_bits={crypto.coefficient_bits} (crypto=ckks_product) "
+            "is for method=she_lora, which sends decrypted values on in the clear: its key must protect nothing else; "
+            "use crypto=ckks_packed or crypto=ckks"
+        )
     _check_pruning(method)
     if method.prune_mean == "kept" and method.prune == "own" and crypto.bound < 1:
         raise SettingsError(f"method.prune_mean=kept sends weights up to 1: raise crypto.bound={crypto.bound:g} to 1")

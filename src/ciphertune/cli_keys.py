@@ -194,7 +194,10 @@ def _accept(options: argparse.Namespace) -> int:
 def _file(out: str) -> Path:
     """The key file that `--out` means: it, or in a folder that is there or ends with a slash, ciphertune.key."""
     path = Path(out).expanduser()
-    return path / "ciphertune.key" if out.endswith("/") or path.is_dir() else path
+    try:
+        return path / "ciphertune.key" if out.endswith("/") or path.is_dir() else path
+    except OSError as error:  # a name that is too long
+        raise KeyFileError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _wanted(options: argparse.Namespace) -> CryptoSettings:
@@ -235,9 +238,12 @@ def _fingerprint(told: Sequence[str]) -> bytes:
     """Of another key file, or as somebody told it."""
     from ciphertune.crypto import keys, words
 
-    if len(told) == 1 and (set(told[0]) & set("./") or Path(told[0]).exists()):
-        return keys.load(Path(told[0])).fingerprint
-    return words.parse(" ".join(told))
+    text = " ".join(told)
+    try:
+        is_file = len(told) == 1 and (bool(set(text) & set("./")) or Path(text).exists())
+    except OSError:  # longer than the name of a file can be
+        is_file = False
+    return keys.load(Path(text)).fingerprint if is_file else words.parse(text)
 
 
 def _tell(fingerprint: bytes) -> None:

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from ciphertune import exchange, merging, wire, wishes
-from ciphertune.adapter import Adapter, difference, in_bfloat16
+from ciphertune.adapter import Adapter, difference
 from ciphertune.build import make_plan, session
 from ciphertune.build_client import secret_part
 from ciphertune.crypto.secret import SecretPart
@@ -29,6 +29,7 @@ from ciphertune.lm import evaluate as lm_evaluate
 from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
+from ciphertune.noise import Noise, after, released
 from ciphertune.norms import check_mean, keep_norms
 from ciphertune.plan import Plan
 from ciphertune.progress import Progress
@@ -53,7 +54,6 @@ class Client:
     data: lm_data.ClientData
     secret: SecretPart
     seconds: dict[str, float] = field(default_factory=dict)
-    noise: float = 0.0  # of the encryption, in the entries of the means that came with this message
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -139,7 +139,7 @@ def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any
 def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
     initial = client.model.read()
-    adapter, at = _catch_up(client, task, received)
+    adapter, at, noise = _catch_up(client, task, received)
     client.model.write(adapter)
     report = _evaluate(client) if client.settings.federation.evaluates(task.round) else {}
     plan = client.plan(task.terms)
@@ -185,18 +185,18 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
     elif plan.shared(adapter.rank) < adapter.rank:
         own = keep_own(adapter, trained, plan.shared(adapter.rank))
-        save_state(client.node.folder / _STATE, own, run=client.run, round_=at)
-    return data, report | {"train_loss": result.loss, "samples": result.samples, "seconds": client.seconds}
+        save_state(client.node.folder / _STATE, own, run=client.run, round_=at, noise=noise)
+    return data, report | {"train_loss": result.loss, "seconds": client.seconds}
 
 
 def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
     """Take the last mean, measure it, and leave it, rounded, as a PEFT folder."""
-    mean = _catch_up(client, task, received)[0]
+    mean, _, noise = _catch_up(client, task, received)
     client.model.write(mean)
     report = _evaluate(client)
     with client.timed("save"):
         if client.settings.model.release == "bfloat16":
-            client.model.write(in_bfloat16(mean, noise=max(client.noise, exchange.least_noise(client.secret))))
+            client.model.write(released(mean, noise, product=client.settings.method.aggregate == "product"))
         client.model.save(client.node.folder / "adapter")
         merging.keep_beside(client.node.folder, client.run)
     return report | {"seconds": client.seconds}
@@ -217,15 +217,15 @@ def seed(client: Client, round_: int) -> int:
     return lm_train.batch_seed(client.settings.seed, client.node.name, round_)
 
 
-def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int]:
-    """This node's adapter after the aggregates that came along, and the last one's round.
+def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int, Noise]:
+    """This node's adapter after the aggregates that came along, the last one's round, and the noise in it.
 
     Raises PlanMismatchError when earlier ones are missing.
     """
     path = client.node.folder / _STATE
     initial = client.model.read()
     rewind(client.node.folder, client.run, task.round)
-    adapter, at = load_state(path, initial, run=client.run)
+    adapter, at, noise = load_state(path, initial, run=client.run)
     if at >= task.round:  # two aggregates of one round, subtracted, would show who is in one of them alone
         raise PlanMismatchError(f"this node holds the mean of round {at}, and is asked for round {task.round} again")
     if client.settings.method.fit_rank == "merge" and merging.merged_at(client.node.folder, client.run) < at:
@@ -240,20 +240,20 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
             adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
             exchange.enough(message, link.plan, client.settings.federation.min_contributors)
             check_mean(client.node.folder, client.run, at, adapter, client.settings.federation.max_mean_norm)
-            client.noise = max(client.noise, exchange.noise_of(message, link))
+            noise = after(noise, message, link, adapter)
             if link.plan.fit_rank == "merge":
                 merging.merge(client.node.folder, client.run, at, adapter)
                 adapter = Adapter(initial.layers, adapter.heads)  # started anew on the merged model
     if client.settings.method.fit_rank == "merge":
         client.model.add_to_base(merging.merged(client.node.folder, client.run))
     if received:
-        save_state(path, adapter, run=client.run, round_=at)
+        save_state(path, adapter, run=client.run, round_=at, noise=noise)
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
-    return adapter, at
+    return adapter, at, noise
 
 
 def _evaluate(client: Client) -> dict[str, Any]:
     with client.timed("evaluate"):
         found = lm_evaluate.evaluate(client.model, client.data.heldout, client.settings.training)
-    return {"loss": found.loss, "metrics": dict(found.metrics), "heldout": found.samples, "tokens": found.tokens}
+    return {"loss": found.loss, "metrics": dict(found.metrics), "tokens": found.tokens}

@@ -248,22 +248,6 @@ def _check_reach(adapter: Adapter, session: wire.Session) -> None:
             )
 
 
-def least_noise(secret: SecretPart) -> float:
-    """Standard deviation of the noise in the smallest sum that is released."""
-    return secret.public.error_bound(2, 0.0) / 9 if secret.public.adds_noise else 0.0
-
-
-def noise_of(message: wire.Message, session: wire.Session) -> float:
-    """Standard deviation, or a little more, of the encryption's noise in the least precise entry of a round's mean."""
-    public, people = session.public, message.contributors
-    if not public.adds_noise:
-        return 0.0
-    if session.plan.aggregate != "separate":
-        return public.product_error_bound(1.0, 1.0, 0.0) * message.total / sum(c.samples for c in people) / 9
-    shares = divisors(session.plan, people, message.total, max(1, message.rank))
-    return public.error_bound(len(people), 0.0) / float(shares.min()) / 9
-
-
 def _precise_enough(message: wire.Message, session: wire.Session) -> None:
     """Refuse a sum whose weights are so small that dividing by them would raise the noise above the values."""
     people = message.contributors

@@ -75,8 +75,10 @@ def arrays_of(most: int) -> Iterator[None]:
     """While this is open, Flower joins the chunks of incoming arrays to at most so many bytes. Else a FormatError.
 
     A sender names the chunks that make up an array. A chunk of 5 MB that is named 20,000 times would become 100 GB
-    before anybody could look at the message.
+    before anybody could look at the message. Raises FormatError where this Flower joins them by code of its own.
     """
+    if getattr(Array.inflate, "__func__", None) is not _bounded:
+        raise FormatError("nothing bounds what Flower makes of a message: install the flwr that pyproject.toml names")
     _Joined.left = most
     try:
         yield

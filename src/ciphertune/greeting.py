@@ -10,7 +10,7 @@ import numpy as np
 from ciphertune.adapter import Adapter
 from ciphertune.plan import HeadShape, LayerShape
 from ciphertune.state import identity
-from ciphertune.versions import code_digest, versions
+from ciphertune.versions import code_digest
 
 if TYPE_CHECKING:
     from ciphertune.client import Client
@@ -29,13 +29,11 @@ def join(client: Client) -> dict[str, Any]:
     return {
         "name": client.node.name,
         "identity": identity(client.node.folder, client.run),
-        "index": client.node.index,
         "simulated": client.node.simulated,
         "rank": client.node.rank,
         "budget": client.budget,
         "samples": len(client.data.train),
         "heldout": len(client.data.heldout),
-        "data": client.data.description if client.node.simulated else "",
         "layers": [[x.name, x.m, x.n] for x in layers],
         "heads": [[h.name, list(h.shape)] for h in heads],
         "key": client.secret.fingerprint.hex(),
@@ -43,7 +41,6 @@ def join(client: Client) -> dict[str, Any]:
         "settings": client.settings.digest().hex(),
         "code": code_digest(),
         "initial": initial_digest(initial),
-        "versions": versions(),
     }
 
 

@@ -50,7 +50,7 @@ def parse_hello(values: dict[str, Any], node_id: int, client: int | None) -> Hel
             budget=number(values["budget"], 0.0, 1.0),
             samples=int(values["samples"]),
             heldout=int(values["heldout"]),
-            simulated=bool(values["simulated"]),
+            simulated=values["simulated"] is True,
             key=bytes.fromhex(values["key"]),
             **{k: str(values[k]) for k in ("parameters", "settings", "code", "initial", "identity")},
             layers=tuple(LayerShape(str(n), int(m), int(k)) for n, m, k in values["layers"]),

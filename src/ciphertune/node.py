@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,23 +83,34 @@ def run_folder(settings: Settings, run_id: int, runs_dir: str = "", *, server: b
     return (root if root.is_absolute() else home() / root) / run_name(settings, run_id)
 
 
-def is_simulated(config: Mapping[str, Any]) -> bool:
-    """Flower's simulation gives a node its partition and nothing else; a lab's node says more of itself."""
-    return set(config) == {"partition-id", "num-partitions"}
+def in_simulation() -> bool:
+    """Whether Flower's simulation engine runs this process: it runs clients in Ray's actors, a SuperNode never does.
+
+    Nothing that a node's settings, a run or a server says decides it: a node that took itself for a simulated one would
+    send in the clear, make a key of its own and show the server the text of its errors.
+    """
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def node_settings(
-    settings: Settings, config: Mapping[str, Any], run_id: int, *, node_id: int, client: int | None = None
+    settings: Settings,
+    config: Mapping[str, Any],
+    run_id: int,
+    *,
+    node_id: int,
+    client: int | None = None,
+    simulated: bool = False,
 ) -> NodeSettings:
     """The node's own settings over the defaults of its client number.
 
-    client: which of the federation's clients a simulated node plays now (a node may play several).
+    client: which of the federation's clients a simulated node plays now (a node may play several).  simulated: server
+    and clients share this machine (`in_simulation`); a real node is held to what its owner allows.
     Raises SettingsError naming the node setting.
     """
     unknown = sorted(set(config) - set(KEYS))
     if unknown:
         raise SettingsError(f"unknown node setting {unknown[0]}: --node-config knows {', '.join(KEYS)}")
-    simulated = is_simulated(config)
     index = client if simulated and client is not None else _number(config, "partition-id", int, -1)
     clients = settings.federation.clients
     parts = _number(config, "num-partitions", int, len(clients))

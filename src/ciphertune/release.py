@@ -27,7 +27,7 @@ def protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) ->
     if method.noise == "none":
         return trained
     path = client.node.folder / "state" / "released.safetensors"
-    earlier, at = load_state(path, trained, run=client.run)
+    earlier, at, _ = load_state(path, trained, run=client.run)
     if at == task.round:
         note(client.node.name, f"round {at + 1} again: the update that was sent before, with its noise")
         return earlier

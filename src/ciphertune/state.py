@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import StateError
+from ciphertune.noise import Noise
 from ciphertune.runs import write
 
 
@@ -88,24 +89,26 @@ def _copy(source: Path, target: Path) -> None:
         target.unlink(missing_ok=True)
 
 
-def save_state(path: Path, adapter: Adapter, *, run: int, round_: int) -> None:
-    """The adapter as of the mean of `round_` of `run`."""
-    record(path, adapter, run=str(run), round=str(round_))
+def save_state(path: Path, adapter: Adapter, *, run: int, round_: int, noise: Noise | None = None) -> None:
+    """The adapter as of the mean of `round_` of `run`, and the encryption's noise in it (None: no mean is in it)."""
+    noise = noise or Noise.none(adapter.rank)
+    record(path, adapter, run=str(run), round=str(round_), noise=noise.to_json())
 
 
-def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int]:
-    """The stored adapter and its round; `like` and -1 when nothing is stored, or only another run's.
+def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int, Noise]:
+    """The stored adapter, its round and noise; `like`, -1 and none when nothing is stored, or only another run's.
 
     Raises StateError when the file is damaged or not of `like`'s shape.
     """
     if not path.exists():
-        return like, -1
+        return like, -1, Noise.none(like.rank)
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             round_ = int(metadata["round"])
             if metadata["run"] != str(run):
-                return like, -1
+                return like, -1, Noise.none(like.rank)
+            noise = Noise.from_json(metadata["noise"], like.rank)
             layers = {
                 name: LoraFactors(file.get_tensor(f"{name}.a"), file.get_tensor(f"{name}.b"), old.scale)
                 for name, old in like.layers.items()
@@ -122,4 +125,4 @@ def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int]:
         raise StateError(
             f"{path} cannot be read back (another rank or model): remove it, and the server sends what is missing"
         )
-    return stored, round_
+    return stored, round_, noise

@@ -34,7 +34,7 @@ def simulate(settings: Settings, rounds: int, *, number: int | None = None, fini
         settings = replace(settings, federation=few)
     settings = replace(settings, record_server_view=True)
     config = {"partition-id": 0, "num-partitions": len(settings.federation.clients)}
-    nodes = [node_settings(settings, config, RUN, node_id=k, client=k) for k in people]
+    nodes = [node_settings(settings, config, RUN, node_id=k, client=k, simulated=True) for k in people]
     folder = ServerFolder(nodes[0].folder.parents[1])
     folder.start(settings, "")
     federation = Federation(settings, RUN)

@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
 from ciphertune.crypto.params import SEED_BYTES
-from ciphertune.errors import FormatError
+from ciphertune.errors import CiphertuneError, FormatError
 
 Residues = npt.NDArray[np.uint64]
 
@@ -152,15 +150,15 @@ class Scratch:
     """A file in memory: SEAL's Python binding saves and loads by path only, and a key must not touch the disk.
 
     keeps: what was written stays until the next use, which is faster: for ciphertexts, never for keys.
+    Raises CiphertuneError where the system has no such files.
     """
 
     def __init__(self, *, keeps: bool = False) -> None:
         self._keeps = keeps
-        if hasattr(os, "memfd_create"):
-            self._fd = os.memfd_create("ciphertune", os.MFD_CLOEXEC)
-            self.path = f"/proc/self/fd/{self._fd}"
-        else:  # not Linux: a private file, removed at the end
-            self._fd, self.path = tempfile.mkstemp(prefix="ciphertune-")
+        if not hasattr(os, "memfd_create"):
+            raise CiphertuneError("encryption needs files in memory, so that no key meets the disk: run it on Linux")
+        self._fd = os.memfd_create("ciphertune", os.MFD_CLOEXEC)
+        self.path = f"/proc/self/fd/{self._fd}"
 
     def saved(self, save: Callable[[str], object]) -> bytes:
         """What `save(path)` writes."""
@@ -187,10 +185,9 @@ class Scratch:
     def __del__(
         self, truncate: Callable[[int, int], None] = os.ftruncate, close: Callable[[int], None] = os.close
     ) -> None:
-        truncate(self._fd, 0)  # bound above: at the interpreter's end the module is gone before the last of us
-        close(self._fd)
-        if not self.path.startswith("/proc/"):
-            Path(self.path).unlink(missing_ok=True)
+        if "_fd" in self.__dict__:
+            truncate(self._fd, 0)  # bound above: at the interpreter's end the module is gone before the last of us
+            close(self._fd)
 
 
 def with_header(body: bytes) -> bytes:

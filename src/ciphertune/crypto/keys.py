@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from ciphertune.crypto.private_files import read_private, temporary, write_new
+from ciphertune.crypto.private_files import keep_names, read_private, temporary, write_new
 from ciphertune.crypto.secret import SecretKey
 from ciphertune.errors import KeyFileError
 
@@ -82,6 +82,7 @@ def rotate(path: Path, new: SecretKey) -> tuple[SecretKey, Path]:
         except BaseException:
             kept.unlink()
             raise
+        keep_names(path.parent)
     return old, kept
 
 

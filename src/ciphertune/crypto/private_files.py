@@ -75,6 +75,7 @@ def write_new(path: Path, data: bytes, what: str, mode: int = 0o600) -> None:
             os.link(written, path)  # atomic, and refuses to overwrite
         except FileExistsError:
             raise KeyFileError(f"{path} exists: {what} is never overwritten; choose another name") from None
+        keep_names(path.parent)
 
 
 @contextmanager
@@ -83,6 +84,8 @@ def temporary(path: Path, data: bytes, mode: int = 0o600) -> Iterator[Path]:
 
     Raises KeyFileError for every error of the operating system, inside too.
     """
+    if not path.name:
+        raise KeyFileError(f"{path} is a folder: give the name of a file in it")
     beside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -97,3 +100,13 @@ def temporary(path: Path, data: bytes, mode: int = 0o600) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+def keep_names(folder: Path) -> None:
+    """Have the names in a folder on the disk for good, as far as its file system can."""
+    with contextlib.suppress(OSError):  # what was written is there all the same
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
