@@ -14,10 +14,8 @@ from collections import defaultdict
 
 from ciphertune.errors import CiphertuneError, DisagreementError, FederationError, ReportError, WireError
 from ciphertune.federation import Federation, Member
-from ciphertune.runs import ServerFolder
+from ciphertune.runs import FAULT, ServerFolder
 from server_app.mail import say
-
-FAULT = "fault"  # stage in rounds.jsonl
 
 
 def check_enough(federation: Federation) -> None:

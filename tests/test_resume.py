@@ -22,6 +22,7 @@ from ciphertune import flower
 from ciphertune.cli import main
 from ciphertune.privacy import epsilon
 from ciphertune.runs import ServerFolder
+from server_app.conduct import Conduct
 
 FOUR = "name=one federation.rounds=4 model.release=float32"
 
@@ -417,3 +418,60 @@ def test_a_client_that_was_excluded_stays_excluded_when_the_run_is_resumed(
     assert list(summary(run)["excluded"]) == ["client-1"]
     assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}
     assert "round 4/4: 3 of 3 clients" in said(capsys)
+
+
+def damaged(*groups: str, then: Callable[[Message, int], Message]) -> Callable[[Message, int], Message]:
+    """The updates of client-1 in these rounds do not survive their way, before `then` sees the reply."""
+
+    def tamper(reply: Message, source: int) -> Message:
+        if source == 101 and reply.metadata.group_id in groups and "payload" in reply.content:
+            values, (data,) = flower.unpack(reply.content)
+            reply.content = flower.pack(values, [data[:-1] + bytes([data[-1] ^ 1])])
+        return then(reply, source)
+
+    return tamper
+
+
+def test_a_fault_in_an_attempt_that_was_begun_again_still_counts_after_a_resume(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its second unusable update is in an attempt of which nothing else is kept."""
+    gone: list[int] = []
+    cut = Cut(12)  # four answers to round 1, four and three to round 2, then one to round 3
+
+    def then(reply: Message, source: int) -> Message:
+        if reply.metadata.group_id == "1" and source != 101 and len(gone) < 2 and "payload" in reply.content:
+            gone.append(source)
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": f"client-{source - 100}"})
+        return cut(reply, source)
+
+    words = f"{FOUR} method=fedavg federation.exclude_after=2"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        lab(words, tamper=damaged("0", "1", then=then))
+    run = lab.runs / "one"
+    assert "it is begun again" in (text := said(capsys)) and "excluded client-1 from the run" in text
+    resumed(lab, run, words)
+    assert list(summary(run)["excluded"]) == ["client-1"]
+    assert [line["round"] for line in rounds(run) if line["stage"] == "fault"] == [0, 1]
+    assert [line["node"] for line in updates(run) if line["node"] == "client-1"] == []
+
+
+def test_a_fault_in_the_round_that_a_kill_cut_off_still_counts_after_a_resume(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def left_out(*args: Any) -> None:
+        original(*args)
+        if args[2] == 1:
+            raise Killed
+
+    words, original = f"{FOUR} method=fedavg federation.exclude_after=2", Conduct.left_out
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        patch.setattr(Conduct, "left_out", left_out)
+        lab(words, tamper=damaged("0", "1", then=lambda reply, _: reply))
+    run = lab.runs / "one"
+    assert "excluded client-1 from the run" in said(capsys)
+    resumed(lab, run, words)
+    assert list(summary(run)["excluded"]) == ["client-1"]
+    assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}

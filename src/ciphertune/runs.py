@@ -18,6 +18,10 @@ from ciphertune.plan import Plan
 from ciphertune.settings import Settings
 from ciphertune.versions import versions
 
+# Stages of rounds.jsonl whose lines stand when a round is begun again: what a client did, it did.
+FAULT = "fault"
+_LASTING = (FAULT,)
+
 
 class ServerFolder:
     """The server's files: settings, versions, plan, rounds, summary, the aggregates, and its view when recorded."""
@@ -84,14 +88,17 @@ class ServerFolder:
         (self.path / "server" / f"state_{round_ - 2:04d}.json").unlink(missing_ok=True)
 
     def cut(self, round_: int, *, but: str = "") -> None:
-        """Move the lines of this round and later ones, but of one stage, out of rounds.jsonl: they are done again."""
+        """Move the lines of this round and later ones out of rounds.jsonl: they are done again.
+
+        Those of the stage `but` stay, and those of a stage that always does.
+        """
         path = self.path / "rounds.jsonl"
         kept: list[str] = []
         off: list[str] = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             try:
                 found = json.loads(line)
-                (kept if found["round"] < round_ or found["stage"] == but else off).append(line + "\n")
+                (kept if found["round"] < round_ or found["stage"] in (but, *_LASTING) else off).append(line + "\n")
             except (ValueError, KeyError, TypeError):  # its writer was ended in the middle of it
                 off.append(line + "\n")
         with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:
