@@ -43,6 +43,7 @@ class EncryptedLora(Strategy):
         self._aggregate: wire.Message | None = None  # of the round that was closed last
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
+        self._answered: set[str] = set()  # whose updates were usable in an attempt at a round that came to nothing
 
     def summary(self) -> None:
         """Say what is about to happen."""
@@ -126,7 +127,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._chosen = self.federation.sample(server_round, self.table.seated(self.door.wait_for_enough(grid)))
+        self._chosen = self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = self.federation.total(self._chosen)
         self.ledger.open_round()
@@ -136,6 +137,14 @@ class EncryptedLora(Strategy):
             self.ledger.asked(server_round, member, size)
             messages.append(message)
         return messages
+
+    def _choose(self, round_: int, online: list[Member]) -> list[Member]:
+        """Whom to ask. Where enough answered an earlier attempt, it failed for the weight of those that did not."""
+        answered = [m for m in online if m.name in self._answered]
+        self._answered.clear()
+        if len(answered) >= self.settings.federation.min_contributors:
+            return answered
+        return self.federation.sample(round_, online)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -150,12 +159,16 @@ class EncryptedLora(Strategy):
             try:
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)
+                self._answered.add(member.name)
             except CiphertuneError as error:
                 self.conduct.left_out(f"round {server_round + 1}", server_round, member, error)
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
         started = time.perf_counter()
         self._aggregate = self.federation.close_round(self._sum)
+        self._answered.clear()
+        if self._aggregate.rank < max(c.rank for c in self._aggregate.contributors):
+            say(f"components above {self._aggregate.rank} were not averaged: too few, or too light, clients have them")
         self.ledger.aggregated(server_round, seconds + time.perf_counter() - started, **self._sum.extra)
         before = mean(self._scores_before)
         return None, MetricRecord({"heldout_loss": before.loss}) if before else None
