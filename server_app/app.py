@@ -12,10 +12,9 @@ from ciphertune import resume
 from ciphertune.errors import CiphertuneError
 from ciphertune.events import check_log
 from ciphertune.node import run_folder
-from ciphertune.progress import MARK
+from ciphertune.progress import say
 from ciphertune.run_config import settings_of
 from ciphertune.runs import ServerFolder
-from server_app.mail import say
 from server_app.strategy import EncryptedLora
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -43,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
         else:
             folder.start(settings, str(context.run_config.get("overrides", "")))
     except CiphertuneError as error:
-        print(f"{MARK} {type(error).__name__}: {error}", flush=True)
+        say(f"{type(error).__name__}: {error}")
         raise RuntimeError(str(error)) from None
     try:
         strategy.run(grid)

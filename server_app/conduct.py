@@ -14,8 +14,8 @@ from collections import defaultdict
 
 from ciphertune.errors import CiphertuneError, DisagreementError, FederationError, ReportError, WireError
 from ciphertune.federation import Federation, Member
+from ciphertune.progress import say
 from ciphertune.runs import FAULT, ServerFolder
-from server_app.mail import say
 
 
 def check_enough(federation: Federation) -> None:

@@ -13,10 +13,11 @@ from ciphertune import flower
 from ciphertune.errors import CiphertuneError, FederationError
 from ciphertune.federation import Federation, Member
 from ciphertune.hello import Hello, parse_hello
+from ciphertune.progress import printable, say
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 from server_app.conduct import check_enough
-from server_app.mail import exchange, open_reply, say
+from server_app.mail import exchange, open_reply
 
 # A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
 _GREETING_SECONDS = 180.0
@@ -141,7 +142,7 @@ class Door:
             try:
                 values = {} if reply.has_error() else flower.unpack(reply.content, most=_MOST_TEXT)[0]
                 simulated.append(values.get("simulated") is True and type(grid).__name__ != _DEPLOYED)
-                name = str(values["name"])[:64] if isinstance(values.get("name"), str) else name
+                name = printable(values["name"][:64]) if isinstance(values.get("name"), str) else name
                 hellos.append(parse_hello(open_reply(reply, most=_MOST_TEXT)[0], node, client))
             except CiphertuneError as error:
                 self._refusals.append((name, str(error)))

@@ -17,13 +17,14 @@ from ciphertune import flower, resume, wire
 from ciphertune.errors import CiphertuneError, FederationError, FormatError, TooFewError
 from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
+from ciphertune.progress import say
 from ciphertune.runs import ServerFolder
 from ciphertune.scores import Score, lines_of_table, mean, report_of, score_of, seconds_of, show
 from ciphertune.settings import Settings
 from ciphertune.task import Terms
 from server_app.conduct import Conduct
 from server_app.door import Door
-from server_app.mail import exchange, open_reply, say
+from server_app.mail import exchange, open_reply
 from server_app.table import Table
 
 _ATTEMPTS = 3  # at a round in which too few updates are usable

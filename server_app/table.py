@@ -8,8 +8,9 @@ from typing import Any
 from ciphertune.errors import FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.negotiation import Wish, parse_wish
+from ciphertune.progress import say
 from ciphertune.settings import Settings
-from server_app.mail import MOST_TEXT, say
+from server_app.mail import MOST_TEXT
 
 
 class Table:
