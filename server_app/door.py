@@ -45,7 +45,7 @@ class Door:
         A run that is resumed has its plan, and can do without those that stay away.
         """
         federation = self.settings.federation
-        resumed = self.federation.session is not None
+        resumed = self.federation.settled
         least = federation.min_contributors if resumed else federation.min_clients
         deadline = time.monotonic() + federation.wait_timeout
         hellos: list[Hello] = []

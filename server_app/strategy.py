@@ -78,7 +78,6 @@ class EncryptedLora(Strategy):
             raise FederationError("the server cannot evaluate what it cannot read: clients evaluate and report")
         self.summary()
         self.door.gather(grid)
-        assert self.federation.session is not None
         if not self.federation.next_round:
             self.folder.plan(self.federation.session.plan, self.federation.members)
         result, nothing = Result(), ConfigRecord()
@@ -225,7 +224,6 @@ class EncryptedLora(Strategy):
                 member.have = -1
         outcome = self.table.settle(round_, online, wishes)
         if outcome:
-            assert self.federation.session is not None
             self.folder.plan(self.federation.session.plan, self.federation.members, negotiation=outcome)
 
     def compare(self, grid: Grid, timeout: float) -> None:
@@ -238,7 +236,6 @@ class EncryptedLora(Strategy):
         self.ledger.local = self._scores(self.stream(grid, messages, timeout), "alone", self.settings.federation.rounds)
 
     def _counts(self, message: wire.Message) -> tuple[int, int]:
-        assert self.federation.session is not None
         plan = self.federation.session.plan
         found = wire.counts(plan, message.kind, message.round, message.rank, message.contributors)
         clear, secret = map(sum, found)
@@ -247,7 +244,6 @@ class EncryptedLora(Strategy):
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _task(self, member: Member, kind: str, round_: int, total: int, *, send: bool = True) -> tuple[Message, int]:
-        assert self.federation.session is not None
         aggregates = self.federation.catch_up(member) if send else []
         payload = [wire.encode(m, link) for m, link in aggregates]
         plans = [self.federation.session.plan, *(link.plan for _, link in aggregates)]
@@ -281,7 +277,6 @@ class EncryptedLora(Strategy):
         """Bytes of arrays that a reply may hold: an update's, and of any other none."""
         if message.metadata.message_type != "train":
             return 0
-        assert self.federation.session is not None
         round_, who = int(message.metadata.group_id), self.federation.contributor(member)
         return wire.update_size(self.federation.session, round_, who)
 

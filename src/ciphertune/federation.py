@@ -52,10 +52,25 @@ class Federation:
         self._digest = settings.digest().hex()
         self.members: list[Member] = []
         self.excluded: dict[str, str] = {}  # name -> why
-        self.session: wire.Session | None = None
+        self._session: wire.Session | None = None
         # oldest first; only what some client might still need, each with the plan it was made under
         self.history: list[tuple[wire.Message, Plan]] = []
         self.next_round = 0  # the first that has no aggregate yet
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a plan."""
+        return self._session is not None
+
+    @property
+    def session(self) -> wire.Session:
+        """What all messages are bound to, once the plan is made."""
+        assert self._session is not None
+        return self._session
+
+    @session.setter
+    def session(self, session: wire.Session) -> None:
+        self._session = session
 
     def settle(self, hellos: Sequence[Hello]) -> list[tuple[Hello, str]]:
         """Make the plan from the first greetings, unless there is one. Returns those left out, each with the reason.
@@ -63,7 +78,7 @@ class Federation:
         Clients with different keys, models or starting points cannot be summed; the largest group that agrees stays.
         Raises FederationError when there is no largest one.
         """
-        if self.session is None:
+        if not self.settled:
             self.session = self._agree(hellos)
         refused: list[tuple[Hello, str]] = []
         for hello in hellos:
@@ -109,7 +124,6 @@ class Federation:
 
         online: ids of the nodes that are connected now.
         """
-        assert self.session is not None
         plan = self.session.plan
         if hello.settings != self._digest:
             raise SettingsMismatchError(f"{hello.name} runs under other settings than the server")
@@ -147,7 +161,6 @@ class Federation:
 
     def negotiate(self, wishes: Sequence[Wish]) -> Negotiated:
         """Make the plan anew with the columns that follow from these wishes. Raises FederationError for too few."""
-        assert self.session is not None
         if len(wishes) < self.settings.federation.min_contributors:
             raise FederationError(
                 f"{len(wishes)} clients said which columns they want encrypted, fewer than "
@@ -165,7 +178,6 @@ class Federation:
 
     def covered(self, member: Member) -> bool:
         """Whether the plan has a budget as large as this member's."""
-        assert self.session is not None
         plan = self.session.plan
         return not plan.negotiates or member.hello.budget <= max(plan.budgets, default=-1.0)
 
@@ -183,7 +195,6 @@ class Federation:
 
     def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
         """An empty sum for the round."""
-        assert self.session is not None
         kind = SeparateSum if self.session.plan.aggregate == "separate" else ProductSum
         return kind(self.session, round_, self.total(chosen))
 
@@ -194,7 +205,6 @@ class Federation:
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
         aggregate = sum_.release(self.settings.federation.min_contributors)
-        assert self.session is not None
         self.history.append((aggregate, self.session.plan))
         self.history = _needed(self.history, -1, self.session.plan.tiers[-1])
         self.next_round = aggregate.round + 1
@@ -202,14 +212,12 @@ class Federation:
 
     def catch_up(self, member: Member) -> list[tuple[wire.Message, wire.Session]]:
         """The aggregates this member lacks, oldest first, each cut to its rank, and the session each was made in."""
-        assert self.session is not None
         rank = self.contributor(member).rank
         found = [(m, replace(self.session, plan=p)) for m, p in _needed(self.history, member.have, rank)]
         return [(cut(m, session, rank), session) for m, session in found]
 
     def contributor(self, member: Member) -> Contributor:
         """What a member's update counts as: the components it shares, its weight, its tier of budgets."""
-        assert self.session is not None
         plan, hello = self.session.plan, member.hello
         tier = plan.tier(hello.budget) if self.covered(member) else 0
         weight = hello.samples if plan.weighting == "samples" else LARGEST_NORM
