@@ -39,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         if earlier:
             folder.cut(earlier.round + 1)
             strategy.conduct.recall()
+            strategy.ledger.recall()
         else:
             folder.start(settings, str(context.run_config.get("overrides", "")))
     except CiphertuneError as error:

@@ -100,3 +100,13 @@ def open_reply(reply: Message, *, most: int = MOST_TEXT) -> tuple[dict[str, Any]
         kind, line = (printable(str(x)) for x in (values["error"], values.get("line") or "see its own log"))
         raise FederationError(f"{kind[:60]}: {line[:500]}")
     return values, payload
+
+
+def declines(reply: Message) -> bool:
+    """Whether the client says that it failed, and sends nothing beside that."""
+    if reply.has_error() or "payload" in reply.content:
+        return False
+    try:
+        return "error" in flower.unpack(reply.content)[0]
+    except FormatError:
+        return False

@@ -24,7 +24,7 @@ from ciphertune.settings import Settings
 from ciphertune.task import Terms
 from server_app.conduct import Conduct
 from server_app.door import Door
-from server_app.mail import exchange, open_reply
+from server_app.mail import declines, exchange, open_reply
 from server_app.table import Table
 
 _ATTEMPTS = 3  # at a round in which too few updates are usable
@@ -154,8 +154,8 @@ class EncryptedLora(Strategy):
         for reply in replies:
             member = self._asked[reply.metadata.reply_to_message_id]
             started = time.perf_counter()
-            if not reply.has_error() and "payload" in reply.content:
-                self.ledger.arrived(server_round, member)
+            if declines(reply):
+                self.ledger.declined(server_round, member)
             try:
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import server_app.app
 from ciphertune import flower
 from ciphertune.cli import main
+from ciphertune.ledger import Ledger
 from ciphertune.privacy import epsilon
 from ciphertune.runs import ServerFolder
 from server_app.conduct import Conduct
@@ -475,3 +476,28 @@ def test_a_fault_in_the_round_that_a_kill_cut_off_still_counts_after_a_resume(
     resumed(lab, run, words)
     assert list(summary(run)["excluded"]) == ["client-1"]
     assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}
+
+
+def test_an_update_with_noise_of_a_round_that_a_kill_cut_off_still_counts_though_its_client_never_comes_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(reply: Message, source: int) -> Message:
+        if source == 101 and reply.metadata.message_type == "train":
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": "client-1"})
+        return reply
+
+    def killed(*args: Any, **more: Any) -> None:
+        if args[1] == 2:
+            raise Killed
+        original(*args, **more)
+
+    words, original = f"{FOUR} method=dp_lora", Ledger.update
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        patch.setattr(Ledger, "update", killed)  # all four have sent theirs, the first is taken in
+        lab(words)
+    run = lab.runs / "one"
+    resumed(lab, run, words, tamper=gone)
+    found = {name: node["epsilon"]["server"] for name, node in summary(run)["nodes"].items()}
+    assert found.pop("client-1") == pytest.approx(epsilon([1.0] * 3, 1e-5))
+    assert list(found.values()) == [pytest.approx(epsilon([1.0] * 4, 1e-5))] * 3

@@ -18,9 +18,10 @@ from ciphertune.plan import Plan
 from ciphertune.settings import Settings
 from ciphertune.versions import versions
 
-# Stages of rounds.jsonl whose lines stand when a round is begun again: what a client did, it did.
-FAULT = "fault"
-_LASTING = (FAULT,)
+# Stages of rounds.jsonl whose lines stand when a round is begun again: a client's fault; that it was asked for an
+# update with noise, which it may have sent; that it answered without one.
+FAULT, ASKED, DECLINED = "fault", "asked", "declined"
+_LASTING = (FAULT, ASKED, DECLINED)
 
 
 class ServerFolder:
@@ -104,6 +105,12 @@ class ServerFolder:
         with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(off)
         write(path, "".join(kept).encode())
+
+    def lasting(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl that stand whatever is begun again; of a file that `cut` has gone through."""
+        path = self.path / "rounds.jsonl"
+        found = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
+        return [line for line in found if line["stage"] in _LASTING]
 
     def view(self, round_: int, node: str, data: bytes) -> None:
         """Exactly the bytes the server got from one client."""
