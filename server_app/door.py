@@ -40,7 +40,8 @@ class Door:
         return {"settings": self.settings.digest().hex(), "code": code_digest(), "run": self.federation.run}
 
     def gather(self, grid: Grid) -> None:
-        """Wait until enough clients have joined, then make the plan. Raises FederationError when they do not.
+        """Wait until enough clients have joined that can work together, then make the plan. Raises FederationError when
+        they do not.
 
         A run that is resumed has its plan, and can do without those that stay away.
         """
@@ -48,20 +49,26 @@ class Door:
         resumed = self.federation.settled
         least = federation.min_contributors if resumed else federation.min_clients
         deadline = time.monotonic() + federation.wait_timeout
+        wanted = federation.min_clients
+        if resumed:  # no more than there were, without the excluded
+            wanted = max(least, min(wanted, len(self.federation.admitted)))
         hellos: list[Hello] = []
         said = ""
         while True:
             hellos += self._greet(grid, deadline)
-            if len(hellos) >= federation.min_clients:
+            fitting = self.federation.fitting(hellos)
+            if len(fitting) >= wanted:
                 break
-            state = f"{len(hellos)} of at least {federation.min_clients} clients (federation.min_clients) have joined"
+            state = f"{len(fitting)} of at least {wanted} clients (federation.min_clients) have joined"
             if time.monotonic() > deadline or self._simulated:
-                if resumed and len(hellos) >= least:
+                if len(hellos) >= least:  # if they do not fit, the reasons are said below
                     break
                 raise FederationError("; ".join([state, *self._reasons()]))
+            if len(hellos) > len(fitting):
+                state += f", {len(hellos) - len(fitting)} others do not agree with them"
             if state != said:
                 said = state
-                say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in hellos)})")
+                say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in fitting)})")
             time.sleep(1.0)
         self._refusals += [(hello.name, reason) for hello, reason in self.federation.settle(hellos)]
         nodes = {hello.node_id for hello in hellos}
