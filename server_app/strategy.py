@@ -115,9 +115,12 @@ class EncryptedLora(Strategy):
         raise AssertionError
 
     def fail(self, error: BaseException, seconds: float) -> None:
-        """Write the summary of a run that failed, and say why in one line."""
-        self.ledger.finish("failed", reason=f"{type(error).__name__}: {error}")
-        say(f"run failed after {seconds:.0f} s: {error}")
+        """Say in one line why a run failed, and write its summary."""
+        say(f"run failed after {seconds:.0f} s: {error or type(error).__name__}")
+        try:
+            self.ledger.finish("failed", reason=f"{type(error).__name__}: {error}")
+        except (OSError, ValueError) as second:  # perhaps for the same reason
+            say(f"no summary: {type(second).__name__}: {second}")
         if done := self.federation.next_round:
             say(f"{done} rounds are kept: `ciphertune run resume={self.folder.path}` goes on from there")
 

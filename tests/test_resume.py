@@ -501,3 +501,47 @@ def test_an_update_with_noise_of_a_round_that_a_kill_cut_off_still_counts_though
     found = {name: node["epsilon"]["server"] for name, node in summary(run)["nodes"].items()}
     assert found.pop("client-1") == pytest.approx(epsilon([1.0] * 3, 1e-5))
     assert list(found.values()) == [pytest.approx(epsilon([1.0] * 4, 1e-5))] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [("summary.json", '{"status": "completed"}', "is completed"), ("server/state_0001.json", "{", "is damaged")],
+)
+def test_what_another_server_did_until_it_let_go_of_the_folder_is_seen(
+    cut_off: tuple[Lab, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, reason: str
+) -> None:
+    lab, run, words = copy_of(cut_off, tmp_path)
+
+    def hold(folder: ServerFolder, *args: Any) -> None:
+        (run / file).write_text(text)
+        original(folder, *args)
+
+    original = ServerFolder.hold
+    monkeypatch.setattr(ServerFolder, "hold", hold)
+    with pytest.raises(RuntimeError, match=reason):
+        resumed(lab, run, words)
+    assert lab.grid is not None and not lab.grid.sent
+    monkeypatch.setattr(ServerFolder, "hold", original)
+    ServerFolder(run, resumed=True).hold()  # the refused one let go of it
+
+
+def test_two_servers_that_begin_at_once_in_one_folder_do_not_both_write_into_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold(folder: ServerFolder, *args: Any) -> None:
+        (folder.path / "settings.yaml").write_text("of another")
+        original(folder, *args)
+
+    original = ServerFolder.hold
+    monkeypatch.setattr(ServerFolder, "hold", hold)
+    with pytest.raises(RuntimeError, match="holds another run already"):
+        lab("name=one")
+    assert (lab.runs / "one/settings.yaml").read_text() == "of another"
+
+
+def test_to_resume_where_there_is_no_run_leaves_nothing_behind(lab: Lab, tmp_path: Path) -> None:
+    (lab.runs / "empty").mkdir(parents=True)
+    for run in (lab.runs / "empty", lab.runs / "absent"):
+        with pytest.raises(RuntimeError, match="there is no run in"):
+            resumed(lab, run, FOUR)
+    assert [p.name for p in lab.runs.rglob("*")] == ["empty"]

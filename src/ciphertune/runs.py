@@ -28,23 +28,34 @@ class ServerFolder:
     """The server's files: settings, versions, plan, rounds, summary, the aggregates, and its view when recorded."""
 
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
-        self.path = path
+        self.path, self._resumed = path, resumed
         self._events: Events | None = None
-        if not resumed and (path / "settings.yaml").exists():
-            raise SettingsError(f"run folder {path} holds another run already: choose another name=...")
+        self._check()
         path.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, log: str = "") -> None:
-        """Keep other servers out of the folder until `release` or the end of this process, and open the log.
+    def _check(self) -> None:
+        if not self._resumed and (self.path / "settings.yaml").exists():
+            raise SettingsError(f"run folder {self.path} holds another run already: choose another name=...")
 
-        Raises ResumeError.
+    def hold(self) -> None:
+        """Keep other servers out of the folder until `release` or the end of this process.
+
+        Raises ResumeError, or SettingsError where another has begun a run in it meanwhile.
         """
-        self._lock = (self.path / ".lock").open("w")
+        lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check()
+        except BlockingIOError:
+            lock.close()
             raise ResumeError(f"another server works in {self.path}: wait until it has ended, or end it") from None
+        except BaseException:
+            lock.close()
+            raise
+        self._lock = lock
+
+    def open_log(self, log: str) -> None:
+        """Keep a log of this kind beside rounds.jsonl."""
         if log == "tensorboard":
             self._events = Events(self.path / "tensorboard")
 
