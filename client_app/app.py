@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from safetensors import SafetensorError
 from ciphertune import flower
 from ciphertune.errors import CiphertuneError, RoundMismatchError, SettingsMismatchError
 from ciphertune.node import in_simulation, node_settings
-from ciphertune.progress import MARK
+from ciphertune.progress import log_trace, say
 from ciphertune.run_config import settings_of
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
@@ -54,20 +52,19 @@ def answer(message: Message, context: Context, what: str) -> Message:
         return flower.reply(message, report, update)
     except CiphertuneError as error:
         if not simulated:  # there the server shows it
-            print(f"{MARK} {name}: {type(error).__name__}: {error}", flush=True)
+            say(f"{name}: {type(error).__name__}: {error}")
         return flower.failure(message, error, name, show=simulated)
     except (OSError, SafetensorError) as error:  # a full disk, most of all
         path = getattr(error, "filename", None)
         where = f" ({path})" if path else ""
-        print(
-            f"{MARK} {name}: cannot read or write its files{where}: {getattr(error, 'strerror', None) or error}; once "
-            "that is mended, this node takes part again",
-            flush=True,
+        say(
+            f"{name}: cannot read or write its files{where}: {getattr(error, 'strerror', None) or error}; once that is "
+            "mended, this node takes part again"
         )
         return flower.failure(message, error, name, show=simulated)
     except Exception as error:  # a defect of ours: the trace stays here, the run goes on without this client
-        logging.getLogger("ciphertune").error("%s", traceback.format_exc())
-        print(f"{MARK} {name}: unexpected {type(error).__name__}; the trace is in this node's log", flush=True)
+        log_trace(error)
+        say(f"{name}: unexpected {type(error).__name__}; the trace is in this node's log")
         return flower.failure(message, error, name, show=simulated)
 
 

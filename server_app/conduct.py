@@ -9,15 +9,12 @@ one such message.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 
 from ciphertune.errors import CiphertuneError, DisagreementError, FederationError, ReportError, WireError
 from ciphertune.federation import Federation, Member
-from ciphertune.runs import ServerFolder
-from server_app.mail import say
-
-FAULT = "fault"  # stage in rounds.jsonl
+from ciphertune.progress import say
+from ciphertune.runs import FAULT, ServerFolder
 
 
 def check_enough(federation: Federation) -> None:
@@ -39,8 +36,7 @@ class Conduct:
 
     def recall(self) -> None:
         """Take up the faults that the run folder holds, of a run that is resumed."""
-        path = self._folder.path / "rounds.jsonl"
-        for line in map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()):
+        for line in self._folder.lasting():
             if line["stage"] == FAULT:
                 self._count(line["node"], line["round"], line["reason"])
 

@@ -14,10 +14,11 @@ from ciphertune import flower
 from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.hello import Hello, parse_hello
+from ciphertune.progress import printable, say
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 from server_app.conduct import check_enough
-from server_app.mail import exchange, open_reply, say
+from server_app.mail import exchange, open_reply
 
 # A node that has not answered its greeting by then does not hold up the others: loading a model takes a while.
 _GREETING_SECONDS = 180.0
@@ -38,28 +39,35 @@ class Door:
         return {"settings": self.settings.digest().hex(), "code": code_digest(), "run": self.federation.run}
 
     def gather(self, grid: Grid) -> None:
-        """Wait until enough clients have joined, then make the plan. Raises FederationError when they do not.
+        """Wait until enough clients have joined that can work together, then make the plan. Raises FederationError when
+        they do not.
 
         A run that is resumed has its plan, and can do without those that stay away.
         """
         federation = self.settings.federation
-        resumed = self.federation.session is not None
+        resumed = self.federation.settled
         least = federation.min_contributors if resumed else federation.min_clients
         deadline = time.monotonic() + federation.wait_timeout
+        wanted = federation.min_clients
+        if resumed:  # no more than there were, without the excluded
+            wanted = max(least, min(wanted, len(self.federation.admitted)))
         hellos: list[Hello] = []
         said = ""
         while True:
             hellos += self._greet(grid, deadline)
-            if len(hellos) >= federation.min_clients:
+            fitting = self.federation.fitting(hellos)
+            if len(fitting) >= wanted:
                 break
-            state = f"{len(hellos)} of at least {federation.min_clients} clients (federation.min_clients) have joined"
+            state = f"{len(fitting)} of at least {wanted} clients (federation.min_clients) have joined"
             if time.monotonic() > deadline or self._simulated:
-                if resumed and len(hellos) >= least:
+                if len(hellos) >= least:  # if they do not fit, the reasons are said below
                     break
                 raise FederationError("; ".join([state, *self._reasons()]))
+            if len(hellos) > len(fitting):
+                state += f", {len(hellos) - len(fitting)} others do not agree with them"
             if state != said:
                 said = state
-                say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in hellos)})")
+                say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in fitting)})")
             time.sleep(1.0)
         self._refusals += [(hello.name, reason) for hello, reason in self.federation.settle(hellos)]
         nodes = {hello.node_id for hello in hellos}
@@ -139,7 +147,7 @@ class Door:
             name = f"node {node % (1 << 32):08x}"
             try:
                 values = {} if reply.has_error() else flower.unpack(reply.content, most=_MOST_TEXT)[0]
-                name = str(values["name"])[:64] if isinstance(values.get("name"), str) else name
+                name = printable(values["name"][:64]) if isinstance(values.get("name"), str) else name
                 claims = values.get("simulated") is True
                 # that is the grid of Flower's simulation, where nobody waits: on another such a node could end the run
                 simulated.append(claims and isinstance(grid, InMemoryGrid))

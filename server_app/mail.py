@@ -9,26 +9,25 @@ from typing import Any
 import httpx
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
 
 from ciphertune import flower
-from ciphertune.errors import FederationError, FormatError, RoundMismatchError, WireError
-from ciphertune.progress import MARK
+from ciphertune.errors import CiphertuneError, FederationError, FormatError, RoundMismatchError, WireError
+from ciphertune.progress import log_trace, printable, say
 
 _POLL = 0.2  # seconds between two looks for replies
+# What Flower 1.41 raises when it makes a message of bytes that are none: of a name, a graph of objects, JSON, a record.
+# Anything else, no memory or no room on the disk, is this machine's own trouble and nobody is blamed for it.
+_NO_MESSAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, DecodeError)
 MOST_TEXT = 1 << 16  # characters of a reply's values, unless the question asks for more
 
 
 class Unusable(Error):
-    """In place of a reply that could not even be taken from Flower, or that answers something else."""
+    """In place of a reply that could not even be asked for or taken from Flower, or that answers something else."""
 
-    def __init__(self, why: WireError) -> None:
+    def __init__(self, why: CiphertuneError) -> None:
         super().__init__(0, str(why))
         self.__dict__["why"] = why
-
-
-def say(text: str) -> None:
-    """One line for people. Text from the wire may be in it, so nothing in it can move the cursor or start a line."""
-    print(f"{MARK} {''.join(c if c.isprintable() else '?' for c in text)}", flush=True)
 
 
 def exchange(
@@ -39,7 +38,10 @@ def exchange(
     most: bytes of arrays that each reply may hold, none where it is not given. A reply that is of no use is not taken
     for its sender's last word before the SuperLink says that there is no other: anybody may have put it there.
     """
-    waiting = {message_id: i for i, message_id in enumerate(grid.push_messages(messages))}
+    stored = set(grid.push_messages(messages))  # of one that could not be stored there is "" or nothing
+    waiting = {m.metadata.message_id: i for i, m in enumerate(messages) if m.metadata.message_id in stored}
+    for i in sorted(set(range(len(messages))).difference(waiting.values())):
+        yield i, Message(Unusable(FederationError("the SuperLink took no message for it")), reply_to=messages[i])
     unusable: dict[str, WireError] = {}
     deadline = time.monotonic() + timeout
     while waiting and time.monotonic() < deadline:
@@ -72,7 +74,8 @@ def _pull(grid: Grid, message_id: str, node: int, most: int) -> Message | WireEr
         raise
     except WireError as error:
         return error
-    except Exception as error:  # whatever Flower makes of objects that fit no message
+    except _NO_MESSAGE as error:
+        log_trace(error)
         return FormatError(f"its reply is not a message of Flower ({type(error).__name__})")
     ours = [r for r in found if r.metadata.reply_to_message_id == message_id]
     right = [r for r in ours if r.has_error() or r.metadata.src_node_id == node]
@@ -94,6 +97,16 @@ def open_reply(reply: Message, *, most: int = MOST_TEXT) -> tuple[dict[str, Any]
         raise FederationError(f"its process failed (Flower error {reply.error.code})")
     values, payload = flower.unpack(reply.content, most=most)
     if "error" in values:
-        line = str(values.get("line") or "see its own log")[:500]
-        raise FederationError(f"{str(values['error'])[:60]}: {line}")
+        kind, line = (printable(str(x)) for x in (values["error"], values.get("line") or "see its own log"))
+        raise FederationError(f"{kind[:60]}: {line[:500]}")
     return values, payload
+
+
+def declines(reply: Message) -> bool:
+    """Whether the client says that it failed, and sends nothing beside that."""
+    if reply.has_error() or "payload" in reply.content:
+        return False
+    try:
+        return "error" in flower.unpack(reply.content)[0]
+    except FormatError:
+        return False

@@ -17,13 +17,14 @@ from ciphertune import flower, resume, wire
 from ciphertune.errors import CiphertuneError, FederationError, FormatError, TooFewError
 from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
+from ciphertune.progress import say
 from ciphertune.runs import ServerFolder
 from ciphertune.scores import Score, lines_of_table, mean, report_of, score_of, seconds_of, show
 from ciphertune.settings import Settings
 from ciphertune.task import Terms
 from server_app.conduct import Conduct
 from server_app.door import Door
-from server_app.mail import exchange, open_reply, say
+from server_app.mail import declines, exchange, open_reply
 from server_app.table import Table
 
 _ATTEMPTS = 3  # at a round in which too few updates are usable
@@ -43,6 +44,7 @@ class EncryptedLora(Strategy):
         self._aggregate: wire.Message | None = None  # of the round that was closed last
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
+        self._answered: set[str] = set()  # whose updates were usable in an attempt at a round that came to nothing
 
     def summary(self) -> None:
         """Say what is about to happen."""
@@ -76,7 +78,6 @@ class EncryptedLora(Strategy):
             raise FederationError("the server cannot evaluate what it cannot read: clients evaluate and report")
         self.summary()
         self.door.gather(grid)
-        assert self.federation.session is not None
         if not self.federation.next_round:
             self.folder.plan(self.federation.session.plan, self.federation.members)
         result, nothing = Result(), ConfigRecord()
@@ -114,9 +115,12 @@ class EncryptedLora(Strategy):
         raise AssertionError
 
     def fail(self, error: BaseException, seconds: float) -> None:
-        """Write the summary of a run that failed, and say why in one line."""
-        self.ledger.finish("failed", reason=f"{type(error).__name__}: {error}")
-        say(f"run failed after {seconds:.0f} s: {error}")
+        """Say in one line why a run failed, and write its summary."""
+        say(f"run failed after {seconds:.0f} s: {error or type(error).__name__}")
+        try:
+            self.ledger.finish("failed", reason=f"{type(error).__name__}: {error}")
+        except (OSError, ValueError) as second:  # perhaps for the same reason
+            say(f"no summary: {type(second).__name__}: {second}")
         if done := self.federation.next_round:
             say(f"{done} rounds are kept: `ciphertune run resume={self.folder.path}` goes on from there")
 
@@ -126,7 +130,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._chosen = self.federation.sample(server_round, self.table.seated(self.door.wait_for_enough(grid)))
+        self._chosen = self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = self.federation.total(self._chosen)
         self.ledger.open_round()
@@ -137,6 +141,14 @@ class EncryptedLora(Strategy):
             messages.append(message)
         return messages
 
+    def _choose(self, round_: int, online: list[Member]) -> list[Member]:
+        """Whom to ask. Where enough answered an earlier attempt, it failed for the weight of those that did not."""
+        answered = [m for m in online if m.name in self._answered]
+        self._answered.clear()
+        if len(answered) >= self.settings.federation.min_contributors:
+            return answered
+        return self.federation.sample(round_, online)
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -145,17 +157,21 @@ class EncryptedLora(Strategy):
         for reply in replies:
             member = self._asked[reply.metadata.reply_to_message_id]
             started = time.perf_counter()
-            if not reply.has_error() and "payload" in reply.content:
-                self.ledger.arrived(server_round, member)
+            if declines(reply):
+                self.ledger.declined(server_round, member)
             try:
                 self._take(server_round, member, reply)
                 member.have = max(member.have, server_round - 1)
+                self._answered.add(member.name)
             except CiphertuneError as error:
                 self.conduct.left_out(f"round {server_round + 1}", server_round, member, error)
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
         started = time.perf_counter()
         self._aggregate = self.federation.close_round(self._sum)
+        self._answered.clear()
+        if self._aggregate.rank < max(c.rank for c in self._aggregate.contributors):
+            say(f"components above {self._aggregate.rank} were not averaged: too few, or too light, clients have them")
         self.ledger.aggregated(server_round, seconds + time.perf_counter() - started, **self._sum.extra)
         before = mean(self._scores_before)
         return None, MetricRecord({"heldout_loss": before.loss}) if before else None
@@ -211,7 +227,6 @@ class EncryptedLora(Strategy):
                 member.have = -1
         outcome = self.table.settle(round_, online, wishes)
         if outcome:
-            assert self.federation.session is not None
             self.folder.plan(self.federation.session.plan, self.federation.members, negotiation=outcome)
 
     def compare(self, grid: Grid, timeout: float) -> None:
@@ -224,7 +239,6 @@ class EncryptedLora(Strategy):
         self.ledger.local = self._scores(self.stream(grid, messages, timeout), "alone", self.settings.federation.rounds)
 
     def _counts(self, message: wire.Message) -> tuple[int, int]:
-        assert self.federation.session is not None
         plan = self.federation.session.plan
         found = wire.counts(plan, message.kind, message.round, message.rank, message.contributors)
         clear, secret = map(sum, found)
@@ -233,7 +247,6 @@ class EncryptedLora(Strategy):
     # --- messages -------------------------------------------------------------------------------------------------
 
     def _task(self, member: Member, kind: str, round_: int, total: int, *, send: bool = True) -> tuple[Message, int]:
-        assert self.federation.session is not None
         aggregates = self.federation.catch_up(member) if send else []
         payload = [wire.encode(m, link) for m, link in aggregates]
         plans = [self.federation.session.plan, *(link.plan for _, link in aggregates)]
@@ -267,7 +280,6 @@ class EncryptedLora(Strategy):
         """Bytes of arrays that a reply may hold: an update's, and of any other none."""
         if message.metadata.message_type != "train":
             return 0
-        assert self.federation.session is not None
         round_, who = int(message.metadata.group_id), self.federation.contributor(member)
         return wire.update_size(self.federation.session, round_, who)
 

@@ -8,8 +8,9 @@ from typing import Any
 from ciphertune.errors import FederationError, FormatError
 from ciphertune.federation import Federation, Member
 from ciphertune.negotiation import Wish, parse_wish
+from ciphertune.progress import say
 from ciphertune.settings import Settings
-from server_app.mail import MOST_TEXT, say
+from server_app.mail import MOST_TEXT
 
 
 class Table:
@@ -21,13 +22,12 @@ class Table:
 
     def due(self, round_: int, online: Sequence[Member]) -> bool:
         """Whether columns are to be negotiated before this round: at first, regularly, or for a larger new budget."""
-        method, session = self._settings.method, self._federation.session
+        method = self._settings.method
         if not method.negotiates:
             return False
-        assert session is not None
         every = method.renegotiate_every
         return (
-            not session.plan.budgets
+            not self._federation.session.plan.budgets
             or bool(every and round_ % every == 0)
             or any(not self._federation.covered(m) and m.name not in self._silent for m in online)
         )
@@ -35,12 +35,10 @@ class Table:
     @property
     def most_text(self) -> int:
         """Characters that a readable answer may have: a number of a column and a separator for all columns."""
-        assert self._federation.session is not None
         return MOST_TEXT + 16 * sum(x.n for x in self._federation.session.plan.layers)
 
     def wish(self, member: Member, values: dict[str, Any]) -> Wish:
         """What a client answered. Raises FormatError."""
-        assert self._federation.session is not None
         widths = [x.n for x in self._federation.session.plan.layers]
         return parse_wish(member.name, member.hello.budget, values.get("columns"), widths)
 
@@ -49,7 +47,6 @@ class Table:
 
         Raises FederationError when too few answered and there is no old plan.
         """
-        assert self._federation.session is not None
         self._silent = {m.name for m in asked} - {w.name for w in wishes}
         try:
             found = self._federation.negotiate(wishes)

@@ -163,7 +163,6 @@ def _adapter(rank: int, value: float) -> Adapter:
 def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_component() -> None:
     """Rounds alternate B and A; rank 8 took part in rounds 0 and 1 only. Who returns must end like who stayed."""
     federation = settled(hello("low", 2), hello("high", 8), hello("stayed", 8))
-    assert federation.session is not None
     session, secret = federation.session, ClearSecret(ClearPublic("float64"), 1e9)
     low, high, stayed = federation.members
     states = {m.name: _adapter(m.hello.rank, 0.0) for m in federation.members}
@@ -210,7 +209,7 @@ def test_of_products_only_the_last_is_sent_and_under_the_plan_it_was_made_under(
     federation = Federation(settings, 3)
     federation.settle([hello(n, r, settings=settings.digest().hex()) for n, r in (("a", 2), ("b", 8))])
     secret, (a, b) = ClearSecret(ClearPublic("float64"), 1e9), federation.members
-    assert federation.session is not None and federation.session.plan.tiers == (2, 8)
+    assert federation.session.plan.tiers == (2, 8)
     assert not federation.covered(a)  # nothing was negotiated so far
     plans = []
     for round_, columns in enumerate(([[0, 1], [2, 3]], [[2, 0], [1, 0]], [[1, 2], [0, 3]])):
@@ -245,7 +244,6 @@ def test_tiers_are_the_ranks_that_enough_clients_reach() -> None:
         )
         agreed = [hello(f"c{k}", r, settings=federation.settings.digest().hex()) for k, r in enumerate(present)]
         federation.settle(agreed)
-        assert federation.session is not None
         return federation.session.plan.tiers
 
     assert tiers([2, 4, 8, 8], 2) == (2, 4, 8)
@@ -272,7 +270,7 @@ def test_components_that_fewer_than_the_minimum_contributed_are_never_released(s
     federation = Federation(settings, 3)
     digest = settings.digest().hex()
     federation.settle([hello(n, r, settings=digest) for n, r in (("a", 2), ("b", 8), ("c", 8))])
-    assert federation.session is not None and federation.session.plan.tiers == (2, 8)
+    assert federation.session.plan.tiers == (2, 8)
     secret = ClearSecret(ClearPublic("float64"), 1e9)
     low, high, _ = federation.members
     sum_ = federation.open_round(0, [low, high])  # only one of the two clients of rank 8 is asked

@@ -211,10 +211,10 @@ def test_the_server_survives_every_mutated_answer_to_a_negotiation_and_an_evalua
     strategy._chosen = online
     grid.record([strategy._task(m, "query.wish", 0, 0)[0] for m in online])
     strategy._negotiate(grid, 0, online, 60.0)
-    plan = strategy.federation.session.plan  # type: ignore[union-attr]
+    plan = strategy.federation.session.plan
     exchanged(running, round(0.1 * mutants), mutants, lambda: strategy._negotiate(grid, 0, online, 60.0))
     strategy._negotiate(grid, 0, online, 60.0)
-    assert strategy.federation.session.plan == plan  # type: ignore[union-attr]
+    assert strategy.federation.session.plan == plan
     grid.good.clear()
     grid.record(strategy.configure_evaluate(1, ArrayRecord(), NOTHING, grid))
 
@@ -254,7 +254,7 @@ def test_the_server_survives_every_mutated_greeting_and_takes_in_the_honest_ones
         door._seen.clear()
         door._refusals.clear()
         federation.members.clear()
-        federation.session = None
+        federation._session = None
         with contextlib.suppress(FederationError):
             door.gather(grid)
 

@@ -49,6 +49,19 @@ def test_a_mistake_ends_with_one_line_and_status_2_before_anything_is_started(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("below", ["", "more"])
+def test_a_place_where_no_run_can_be_kept_is_named_before_anything_is_started(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ciphertune.launch._own_superlink", None)
+    (tmp_path / "file").write_text("kept")
+    place = tmp_path / "file" / below
+    assert main(["run", "--app", str(ROOT), "--runs-dir", str(place), "model=embedded"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"no run can be kept in {place} (" in err and "--runs-dir" in err
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 def test_a_folder_that_is_no_app_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--app", str(tmp_path)]) == 2
     assert "is not the folder of a Flower app" in capsys.readouterr().err

@@ -31,7 +31,8 @@ from ciphertune.crypto.base import PublicPart
 from ciphertune.crypto.packed import PackedPublic
 from ciphertune.crypto.packed_secret import PackedSecret, generate_key
 from ciphertune.crypto.params import PackedParams, smallest_modulus
-from ciphertune.errors import CiphertuneError, FormatError, RangeError, SettingsError
+from ciphertune.errors import CiphertuneError, FormatError, SettingsError
+from ciphertune.precision import precise_rank
 from ciphertune.ranks import Contributor
 from ciphertune.settings import compose, packed_params
 from tests.oracle import (
@@ -859,8 +860,5 @@ def test_a_component_that_two_of_a_thousand_clients_have_is_as_precise_as_a_sum_
     """Its noise is that of its own contributors: a precise mean is not refused for what others add elsewhere."""
     people = (*[Contributor(2, 10)] * 2, *[Contributor(1, 10)] * 998)
     session, _ = encrypted(plan_of(tiers=(1, 2)), secret=shared_secret(CKKS_40))
-    message = wire.Message(wire.AGGREGATE, ("b",), 0, 0, 2, 10_000, people, b"", b"")
-    exchange._precise_enough(message, session)
-    few = replace(message, contributors=(*[Contributor(2, 1)] * 2, *people[2:]), total=100_000)
-    with pytest.raises(RangeError, match="too little for a precise mean"):
-        exchange._precise_enough(few, session)
+    assert precise_rank(session, 0, people, 10_000) == 2
+    assert precise_rank(session, 0, (*[Contributor(2, 1)] * 2, *people[2:]), 100_000) == 1

@@ -256,7 +256,7 @@ def test_a_missing_accountant_is_found_before_anything_runs_without_a_target_too
 def counted(spent: Spent, weights: dict[str, float], round_: int = 0) -> dict[str, dict[str, float]]:
     """One round of clients of one rank."""
     for name in weights:
-        spent.arrived(name, round_)
+        spent.asked(name, round_)
     spent.released({name: (w, 4) for name, w in weights.items()})
     return spent.report()
 

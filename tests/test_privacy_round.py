@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from federations import Lab, rounds, said, summary
 from flwr.app import Message
-from grid import simulated
+from grid import Wire, simulated
 from safetensors.numpy import load_file
 
 from ciphertune import flower, release
@@ -142,3 +142,37 @@ def test_what_a_client_keeps_to_itself_does_not_shrink_what_it_sends(lab: Lab, m
     lab(f"{more} federation.clients='[{{rank:2}},{{rank:8}}]' federation.min_clients=2", nodes=simulated(2))
     assert norms[2] == pytest.approx(0.1, rel=0.01)
     assert norms[8] == pytest.approx(0.1, rel=0.01)
+
+
+def test_an_update_that_was_asked_for_counts_whatever_is_heard_of_it_unless_its_client_says_that_it_sent_none(
+    lab: Lab,
+) -> None:
+    """Late, cut off or unreadable, it was sent, and whoever holds the server's line has it."""
+
+    def tamper(reply: Message, source: int) -> Message | Wire:
+        if reply.metadata.message_type != "train" or source not in (100, 101):
+            return reply
+        if source == 101:
+            reply.content = flower.pack({"error": "OSError", "line": "", "name": "client-1", "simulated": True})
+            return reply
+        return [{"0" * 64: b"garbage"}]
+
+    nodes = summary(lab(f"method=dp_lora {FOUR} federation.rounds=1", tamper=tamper))["nodes"]
+    assert nodes["client-0"]["epsilon"]["server"] == pytest.approx(epsilon([1.0], DELTA))
+    assert nodes["client-2"]["epsilon"]["server"] == pytest.approx(epsilon([1.0], DELTA))
+    assert "epsilon" not in nodes["client-1"]
+
+
+def test_an_error_after_an_update_of_the_same_round_takes_nothing_back(lab: Lab) -> None:
+    """The first attempt comes to nothing, for only one update is usable; in the second its client fails."""
+    seen: list[int] = []
+
+    def tamper(reply: Message, source: int) -> Message:
+        if reply.metadata.message_type == "train":
+            seen.append(source)
+            if (source == 100) == (seen.count(source) > 1):  # client-0 in the second attempt, the others in the first
+                reply.content = flower.pack({"error": "OSError", "line": "", "name": "", "simulated": True})
+        return reply
+
+    nodes = summary(lab(f"method=dp_lora {FOUR} federation.rounds=1", tamper=tamper))["nodes"]
+    assert [n["epsilon"]["server"] for n in nodes.values()] == [pytest.approx(epsilon([1.0], DELTA))] * 4

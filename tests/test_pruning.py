@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 
 from ciphertune import build, pruning, wire
 from ciphertune.adapter import Adapter
-from ciphertune.errors import FormatError, RangeError, SettingsError
+from ciphertune.errors import FormatError, SettingsError, TooFewError
 from ciphertune.plan import HeadShape, LayerShape, Plan
 from ciphertune.settings import compose
 from ciphertune.split import head_size, join, pack
@@ -311,9 +311,9 @@ def test_the_weights_of_what_was_kept_travel_beside_it_only_while_there_is_pruni
             assert np.abs(rows(weights, layer.name, "a") - keep).max() < 1e-5
 
 
-def test_an_entry_that_only_a_client_of_tiny_weight_kept_is_refused_as_too_imprecise() -> None:
+def test_an_entry_that_only_a_client_of_tiny_weight_kept_is_too_imprecise_to_be_released() -> None:
     """As where all entries count: a mean of which noise could be more than 0.001 is no mean."""
     noise = Round([*OWN, *constant(0.5)], 1).session.public.error_bound(2, 1.0)
     assert noise / (5 / 10_000_005) > 1e-3
-    with pytest.raises(RangeError, match="too little for a precise mean"):
+    with pytest.raises(TooFewError, match="too little for a precise mean"):
         Round([*OWN, *constant(0.5), "method.prune_mean=kept"], 1, ranks=(2, 2), samples=(5, 10_000_000))

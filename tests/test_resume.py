@@ -21,8 +21,10 @@ from safetensors.numpy import load_file
 import server_app.app
 from ciphertune import flower
 from ciphertune.cli import main
+from ciphertune.ledger import Ledger
 from ciphertune.privacy import epsilon
 from ciphertune.runs import ServerFolder
+from server_app.conduct import Conduct
 
 FOUR = "name=one federation.rounds=4 model.release=float32"
 
@@ -425,3 +427,129 @@ def test_a_client_that_was_excluded_stays_excluded_when_the_run_is_resumed(
     assert list(summary(run)["excluded"]) == ["client-1"]
     assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}
     assert "round 4/4: 3 of 3 clients" in said(capsys)
+
+
+def damaged(*groups: str, then: Callable[[Message, int], Message]) -> Callable[[Message, int], Message]:
+    """The updates of client-1 in these rounds do not survive their way, before `then` sees the reply."""
+
+    def tamper(reply: Message, source: int) -> Message:
+        if source == 101 and reply.metadata.group_id in groups and "payload" in reply.content:
+            values, (data,) = flower.unpack(reply.content)
+            reply.content = flower.pack(values, [data[:-1] + bytes([data[-1] ^ 1])])
+        return then(reply, source)
+
+    return tamper
+
+
+def test_a_fault_in_an_attempt_that_was_begun_again_still_counts_after_a_resume(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its second unusable update is in an attempt of which nothing else is kept."""
+    gone: list[int] = []
+    cut = Cut(12)  # four answers to round 1, four and three to round 2, then one to round 3
+
+    def then(reply: Message, source: int) -> Message:
+        if reply.metadata.group_id == "1" and source != 101 and len(gone) < 2 and "payload" in reply.content:
+            gone.append(source)
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": f"client-{source - 100}"})
+        return cut(reply, source)
+
+    words = f"{FOUR} method=fedavg federation.exclude_after=2"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        lab(words, tamper=damaged("0", "1", then=then))
+    run = lab.runs / "one"
+    assert "it is begun again" in (text := said(capsys)) and "excluded client-1 from the run" in text
+    resumed(lab, run, words)
+    assert list(summary(run)["excluded"]) == ["client-1"]
+    assert [line["round"] for line in rounds(run) if line["stage"] == "fault"] == [0, 1]
+    assert [line["node"] for line in updates(run) if line["node"] == "client-1"] == []
+
+
+def test_a_fault_in_the_round_that_a_kill_cut_off_still_counts_after_a_resume(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def left_out(*args: Any) -> None:
+        original(*args)
+        if args[2] == 1:
+            raise Killed
+
+    words, original = f"{FOUR} method=fedavg federation.exclude_after=2", Conduct.left_out
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        patch.setattr(Conduct, "left_out", left_out)
+        lab(words, tamper=damaged("0", "1", then=lambda reply, _: reply))
+    run = lab.runs / "one"
+    assert "excluded client-1 from the run" in said(capsys)
+    resumed(lab, run, words)
+    assert list(summary(run)["excluded"]) == ["client-1"]
+    assert {line["node"] for line in updates(run)} == {"client-0", "client-2", "client-3"}
+
+
+def test_an_update_with_noise_of_a_round_that_a_kill_cut_off_still_counts_though_its_client_never_comes_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(reply: Message, source: int) -> Message:
+        if source == 101 and reply.metadata.message_type == "train":
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": "client-1"})
+        return reply
+
+    def killed(*args: Any, **more: Any) -> None:
+        if args[1] == 2:
+            raise Killed
+        original(*args, **more)
+
+    words, original = f"{FOUR} method=dp_lora", Ledger.update
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("server_app.strategy.EncryptedLora.fail", lambda *_: None)
+        patch.setattr(Ledger, "update", killed)  # all four have sent theirs, the first is taken in
+        lab(words)
+    run = lab.runs / "one"
+    resumed(lab, run, words, tamper=gone)
+    found = {name: node["epsilon"]["server"] for name, node in summary(run)["nodes"].items()}
+    assert found.pop("client-1") == pytest.approx(epsilon([1.0] * 3, 1e-5))
+    assert list(found.values()) == [pytest.approx(epsilon([1.0] * 4, 1e-5))] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [("summary.json", '{"status": "completed"}', "is completed"), ("server/state_0001.json", "{", "is damaged")],
+)
+def test_what_another_server_did_until_it_let_go_of_the_folder_is_seen(
+    cut_off: tuple[Lab, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, reason: str
+) -> None:
+    lab, run, words = copy_of(cut_off, tmp_path)
+
+    def hold(folder: ServerFolder, *args: Any) -> None:
+        (run / file).write_text(text)
+        original(folder, *args)
+
+    original = ServerFolder.hold
+    monkeypatch.setattr(ServerFolder, "hold", hold)
+    with pytest.raises(RuntimeError, match=reason):
+        resumed(lab, run, words)
+    assert lab.grid is not None and not lab.grid.sent
+    monkeypatch.setattr(ServerFolder, "hold", original)
+    ServerFolder(run, resumed=True).hold()  # the refused one let go of it
+
+
+def test_two_servers_that_begin_at_once_in_one_folder_do_not_both_write_into_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold(folder: ServerFolder, *args: Any) -> None:
+        (folder.path / "settings.yaml").write_text("of another")
+        original(folder, *args)
+
+    original = ServerFolder.hold
+    monkeypatch.setattr(ServerFolder, "hold", hold)
+    with pytest.raises(RuntimeError, match="holds another run already"):
+        lab("name=one")
+    assert (lab.runs / "one/settings.yaml").read_text() == "of another"
+
+
+def test_to_resume_where_there_is_no_run_leaves_nothing_behind(lab: Lab, tmp_path: Path) -> None:
+    (lab.runs / "empty").mkdir(parents=True)
+    for run in (lab.runs / "empty", lab.runs / "absent"):
+        with pytest.raises(RuntimeError, match="there is no run in"):
+            resumed(lab, run, FOUR)
+    assert [p.name for p in lab.runs.rglob("*")] == ["empty"]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ciphertune import wire
 from ciphertune.crypto.clear import parse
 from ciphertune.errors import DisagreementError, FormatError, RoundMismatchError, TooFewError
+from ciphertune.precision import imprecise, precise_rank
 from ciphertune.ranks import Contributor
 
 
@@ -71,13 +72,16 @@ class SeparateSum:
         return len(self._contributors)
 
     def release(self, minimum: int) -> wire.Message:
-        """The aggregate, up to the largest tier to which at least `minimum` clients contributed.
+        """The aggregate, up to the largest tier to which at least `minimum` clients contributed and whose mean is
+        precise.
 
-        Raises TooFewError when fewer than `minimum` contributed at all: the sum of one update *is* that update.
+        Raises TooFewError when fewer than `minimum` contributed at all: the sum of one update *is* that update. Also
+        when no mean would be precise, and every client would refuse it.
         """
         if self.contributors < max(1, minimum):
             raise too_few(self._round, self.contributors, minimum)
         people = tuple(self._contributors[s] for s in sorted(self._contributors))
+        precise = check_precise(self._session, self._round, people, self._total)
         whole = wire.Message(
             kind=wire.AGGREGATE,
             factors=self._session.plan.factors(self._round),
@@ -90,7 +94,8 @@ class SeparateSum:
             secret=self._secret.result(self._secret.blocks()),
             mask=self._mask,
         )
-        return cut(whole, self._session, sorted((c.rank for c in people), reverse=True)[max(1, minimum) - 1])
+        shared = sorted((c.rank for c in people), reverse=True)[max(1, minimum) - 1]
+        return cut(whole, self._session, min(shared, precise))
 
 
 def opened(
@@ -150,6 +155,13 @@ def too_few(round_: int, found: int, minimum: int) -> TooFewError:
         f"round {round_ + 1}: {found} usable updates, fewer than federation.min_contributors="
         f"{minimum}; an aggregate of so few would show single updates to the others and is not released"
     )
+
+
+def check_precise(session: wire.Session, round_: int, people: Sequence[Contributor], total: int) -> int:
+    """The components of which a mean is precise. Raises TooFewError when there is none."""
+    if not (found := precise_rank(session, round_, people, total)):
+        raise TooFewError(f"round {round_ + 1}: nothing is released: {imprecise(session, round_, people, total, 1)}")
+    return found
 
 
 def cut(message: wire.Message, session: wire.Session, rank: int) -> wire.Message:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,12 +26,11 @@ from ciphertune.crypto.indices import permutation
 from ciphertune.crypto.secret import SecretPart
 from ciphertune.errors import FormatError, PlanMismatchError, RangeError
 from ciphertune.plan import Plan
+from ciphertune.precision import imprecise, precise_rank
 from ciphertune.product import reach
-from ciphertune.ranks import Contributor, divisors, reparameterise, to_mean
+from ciphertune.ranks import Contributor, reparameterise, to_mean
 from ciphertune.split import Vector, head_size, join, join_heads, pack
 
-# of an entry of a mean; entries of trained factors are of the order of 0.01 to 1
-_LARGEST_ERROR = 1e-3
 # of an entry of M where nothing is encrypted: far above anything that training makes, far below overflow
 _LARGEST_PRODUCT = 1e9
 
@@ -98,7 +96,9 @@ def unseal(
     """
     message = wire.decode(data, session, wire.Expected(wire.AGGREGATE, round_, 0, rank))
     clear, segments = parse(message.clear, session.clear.dtype), _decrypted(message, session, secret)
-    _precise_enough(message, session)
+    people, needed = message.contributors, max(1, message.rank)
+    if precise_rank(session, round_, people, message.total) < needed:
+        raise RangeError(imprecise(session, round_, people, message.total, needed))
     if session.plan.aggregate != "separate":
         adapter = _from_product(clear, segments, message, session, codes_of(session, secret), base)
     else:
@@ -107,13 +107,7 @@ def unseal(
         if weights is None:
             mean = to_mean(packed, session.plan, message.factors, message.contributors, message.total)
         else:  # half of the smallest weight is zero with the noise of encryption
-            least = min(c.samples for c in message.contributors) / message.total / 2
-            noise = session.public.error_bound(len(message.contributors), 1.0)
-            if session.public.encrypts and noise > least * _LARGEST_ERROR:
-                raise RangeError(
-                    f"a contributor of round {round_} has {2 * least:.1e} of the weight that was asked: too little "
-                    "for a precise mean of an entry that it alone kept; use method.prune_mean=all"
-                )
+            least = min(c.samples for c in people) / message.total / 2
             mean = np.where(weights > least, packed / np.maximum(weights, least), 0.0)
         adapter = join(mean, session.plan, message.factors, base)
     # a mean of values within the bound is within it; factors of a product are made anew
@@ -246,26 +240,6 @@ def _check_reach(adapter: Adapter, session: wire.Session) -> None:
                 f"factor B of {name} could make products of {largest:.3g}, above the {session.public.largest:.3g} that "
                 "the encryption parameters carry: training diverged, or lower crypto.bound for every client"
             )
-
-
-def _precise_enough(message: wire.Message, session: wire.Session) -> None:
-    """Refuse a sum whose weights are so small that dividing by them would raise the noise above the values."""
-    people = message.contributors
-    if session.plan.aggregate != "separate":  # divided as a whole; coefficients and values of the order of 1
-        shares = np.array([sum(c.samples for c in people) / message.total])
-        noise = np.array([session.public.product_error_bound(1.0, 1.0, 1.0)])
-    else:
-        shares = divisors(session.plan, people, message.total, max(1, message.rank))
-        ranks = sorted(c.rank for c in people)
-        terms = [len(ranks) - bisect_right(ranks, k) for k in range(shares.size)]  # of each component
-        noise = np.array([session.public.error_bound(count, 1.0) for count in terms])
-    if not session.public.encrypts:
-        noise = np.zeros(1)  # floats in the clear are as precise as they are small
-    if not shares.all() or (noise / shares).max() > _LARGEST_ERROR:
-        raise RangeError(
-            f"the contributors of round {message.round} have {shares.min():.1e} of the weight that was asked: "
-            "too little for a precise mean; a client states far too many samples, or too few replied"
-        )
 
 
 def _decrypted(message: wire.Message, session: wire.Session, secret: SecretPart) -> list[Vector]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
-from ciphertune.build import make_plan, session
+from ciphertune.build import make_plan, public_part, session
 from ciphertune.errors import (
     CiphertuneError,
     FederationError,
     FormatError,
     KeyMismatchError,
+    ParameterMismatchError,
     PlanMismatchError,
     SettingsMismatchError,
 )
@@ -52,10 +53,25 @@ class Federation:
         self._digest = settings.digest().hex()
         self.members: list[Member] = []
         self.excluded: dict[str, str] = {}  # name -> why
-        self.session: wire.Session | None = None
+        self._session: wire.Session | None = None
         # oldest first; only what some client might still need, each with the plan it was made under
         self.history: list[tuple[wire.Message, Plan]] = []
         self.next_round = 0  # the first that has no aggregate yet
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a plan."""
+        return self._session is not None
+
+    @property
+    def session(self) -> wire.Session:
+        """What all messages are bound to, once the plan is made."""
+        assert self._session is not None
+        return self._session
+
+    @session.setter
+    def session(self, session: wire.Session) -> None:
+        self._session = session
 
     def settle(self, hellos: Sequence[Hello]) -> list[tuple[Hello, str]]:
         """Make the plan from the first greetings, unless there is one. Returns those left out, each with the reason.
@@ -63,27 +79,49 @@ class Federation:
         Clients with different keys, models or starting points cannot be summed; the largest group that agrees stays.
         Raises FederationError when there is no largest one.
         """
-        if self.session is None:
+        agreed = self.fitting(hellos)
+        if not self.settled:
             self.session = self._agree(hellos)
         refused: list[tuple[Hello, str]] = []
-        for hello in hellos:
+        for hello in sorted(hellos, key=lambda h: h not in agreed):  # whoever comes first sets what all start from
             try:
                 self.admit(hello, [h.node_id for h in hellos])
             except CiphertuneError as error:
                 refused.append((hello, str(error)))
         return refused
 
+    def fitting(self, hellos: Sequence[Hello]) -> list[Hello]:
+        """Those that can work together, one per name: under the plan, or before there is one the largest group.
+
+        None while two groups are the largest.
+        """
+        if self.settled:
+            return list({h.name: h for h in hellos if self._refusal(h) is None}.values())
+        groups = [*self._groups(hellos), list[Hello](), list[Hello]()]
+        return groups[0] if len(groups[0]) > len(groups[1]) else []
+
+    def _groups(self, hellos: Sequence[Hello]) -> list[list[Hello]]:
+        """Those that agree with each other, largest group first; with the server, too, unless nobody does."""
+        ours = [h for h in hellos if (h.settings, h.code, h.parameters) == self._own]
+        found: dict[tuple[Any, ...], dict[str, Hello]] = {}
+        for hello in ours or hellos:
+            found.setdefault(_common(hello), {}).setdefault(hello.name, hello)
+        return sorted((list(group.values()) for group in found.values()), key=len, reverse=True)
+
+    @cached_property
+    def _own(self) -> tuple[str, str, str]:
+        """Settings, code and parameters of this server."""
+        return self._digest, code_digest(), public_part(self.settings.crypto).digest().hex()
+
     def _agree(self, hellos: Sequence[Hello]) -> wire.Session:
         """What the largest group of clients that agree have in common."""
-        groups = Counter(_common(h) for h in hellos).most_common()
-        if len(groups) > 1 and groups[0][1] == groups[1][1]:
-            one, two = (next(h for h in hellos if _common(h) == g) for g, _ in groups[:2])
-            raise FederationError(f"the clients do not agree and no side is larger: {_difference(two, one)}")
-        first = next(h for h in hellos if _common(h) == groups[0][0])
-        agreed = [h for h in hellos if _common(h) == groups[0][0]]
+        agreed, *others = self._groups(hellos)
+        first = agreed[0]
+        if others and len(others[0]) == len(agreed):
+            raise FederationError(f"the clients do not agree and no side is larger: {_difference(others[0][0], first)}")
         plan = make_plan(self.settings, first.layers, first.heads, self._tiers([h.rank for h in agreed]))
         found = session(self.settings, plan, run=self.run, key_fingerprint=first.key)
-        if first.parameters != found.public.digest().hex():
+        if first.parameters != self._own[2]:
             raise FederationError("the clients' encryption library or parameters differ from the server's")
         return found
 
@@ -109,45 +147,52 @@ class Federation:
 
         online: ids of the nodes that are connected now.
         """
-        assert self.session is not None
-        plan = self.session.plan
-        if hello.settings != self._digest:
-            raise SettingsMismatchError(f"{hello.name} runs under other settings than the server")
-        if hello.code != code_digest():
-            raise SettingsMismatchError(
-                f"{hello.name} runs other code ({hello.code}) than the server ({code_digest()}): install one version"
-            )
-        if hello.key != self.session.key_fingerprint:
-            raise KeyMismatchError(
-                f"{hello.name} holds key {hello.key.hex()}, the others hold {self.session.key_fingerprint.hex()}: "
-                "give it the key file of the others"
-            )
-        if (hello.layers, hello.heads) != (plan.layers, plan.heads):
-            raise PlanMismatchError(f"{hello.name} adapts other layers than the plan: check its model and targets")
-        if not plan.shared(hello.rank):
-            raise PlanMismatchError(f"{hello.name} has rank {hello.rank}, below the plan's lowest, {plan.tiers[0]}")
-        if self.members and hello.initial != self.members[0].hello.initial:
-            raise PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
+        if refusal := self._refusal(hello):
+            raise refusal
         known = next((m for m in self.members if m.name == hello.name), None)
-        if hello.name in self.excluded:
-            raise FederationError(f"{hello.name} is excluded from this run: {self.excluded[hello.name]}")
         if known is None:
             known = Member(len(self.members) + 1, hello)
             self.members.append(known)
-        elif known.hello.identity not in ("", hello.identity):
-            raise FormatError(
-                f"another client has joined this run as {hello.name}: give each its own name in --node-config; a node "
-                "that lost its run folder is another client, too"
-            )
         elif known.hello.node_id in online:
             raise FormatError(f"another node is called {hello.name} already: give each its own name in --node-config")
         else:  # the same client on a node that was started anew
             known.hello, known.have = hello, -1
         return known
 
+    def _refusal(self, hello: Hello) -> CiphertuneError | None:
+        """Why a client cannot take part under the settled plan, on whichever node it is."""
+        plan = self.session.plan
+        if hello.settings != self._digest:
+            return SettingsMismatchError(f"{hello.name} runs under other settings than the server")
+        if hello.code != code_digest():
+            return SettingsMismatchError(
+                f"{hello.name} runs other code ({hello.code}) than the server ({code_digest()}): install one version"
+            )
+        if hello.key != self.session.key_fingerprint:
+            return KeyMismatchError(
+                f"{hello.name} holds key {hello.key.hex()}, the others hold {self.session.key_fingerprint.hex()}: "
+                "give it the key file of the others"
+            )
+        if hello.parameters != self._own[2]:
+            return ParameterMismatchError(f"{hello.name} encrypts under other parameters than the server")
+        if (hello.layers, hello.heads) != (plan.layers, plan.heads):
+            return PlanMismatchError(f"{hello.name} adapts other layers than the plan: check its model and targets")
+        if not plan.shared(hello.rank):
+            return PlanMismatchError(f"{hello.name} has rank {hello.rank}, below the plan's lowest, {plan.tiers[0]}")
+        if self.members and hello.initial != self.members[0].hello.initial:
+            return PlanMismatchError(f"{hello.name} starts from another adapter: check its model and seed")
+        if hello.name in self.excluded:
+            return FederationError(f"{hello.name} is excluded from this run: {self.excluded[hello.name]}")
+        known = next((m for m in self.members if m.name == hello.name), None)
+        if known and known.hello.identity not in ("", hello.identity):
+            return FormatError(
+                f"another client has joined this run as {hello.name}: give each its own name in --node-config; a node "
+                "that lost its run folder is another client, too"
+            )
+        return None
+
     def negotiate(self, wishes: Sequence[Wish]) -> Negotiated:
         """Make the plan anew with the columns that follow from these wishes. Raises FederationError for too few."""
-        assert self.session is not None
         if len(wishes) < self.settings.federation.min_contributors:
             raise FederationError(
                 f"{len(wishes)} clients said which columns they want encrypted, fewer than "
@@ -165,7 +210,6 @@ class Federation:
 
     def covered(self, member: Member) -> bool:
         """Whether the plan has a budget as large as this member's."""
-        assert self.session is not None
         plan = self.session.plan
         return not plan.negotiates or member.hello.budget <= max(plan.budgets, default=-1.0)
 
@@ -183,7 +227,6 @@ class Federation:
 
     def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
         """An empty sum for the round."""
-        assert self.session is not None
         kind = SeparateSum if self.session.plan.aggregate == "separate" else ProductSum
         return kind(self.session, round_, self.total(chosen))
 
@@ -194,7 +237,6 @@ class Federation:
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
         aggregate = sum_.release(self.settings.federation.min_contributors)
-        assert self.session is not None
         self.history.append((aggregate, self.session.plan))
         self.history = _needed(self.history, -1, self.session.plan.tiers[-1])
         self.next_round = aggregate.round + 1
@@ -202,14 +244,12 @@ class Federation:
 
     def catch_up(self, member: Member) -> list[tuple[wire.Message, wire.Session]]:
         """The aggregates this member lacks, oldest first, each cut to its rank, and the session each was made in."""
-        assert self.session is not None
         rank = self.contributor(member).rank
         found = [(m, replace(self.session, plan=p)) for m, p in _needed(self.history, member.have, rank)]
         return [(cut(m, session, rank), session) for m, session in found]
 
     def contributor(self, member: Member) -> Contributor:
         """What a member's update counts as: the components it shares, its weight, its tier of budgets."""
-        assert self.session is not None
         plan, hello = self.session.plan, member.hello
         tier = plan.tier(hello.budget) if self.covered(member) else 0
         weight = hello.samples if plan.weighting == "samples" else LARGEST_NORM

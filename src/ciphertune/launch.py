@@ -64,6 +64,8 @@ def launch(
     runs = runs_dir.expanduser().resolve()
     if not settings.resume and (runs / name / "settings.yaml").exists():
         raise SettingsError(f"run folder {runs / name} holds another run already: choose another name=...")
+    if superlink is None:
+        check_runs(runs)
     words = [*overrides, *([] if settings.name else [f"name={name}"])]
     with tempfile.TemporaryDirectory(prefix="ciphertune-", ignore_cleanup_errors=True) as scratch:
         config = {"overrides": _joined(words)} | ({} if superlink else {"runs-dir": str(runs)})
@@ -115,6 +117,17 @@ def check_simulation(settings: Settings) -> None:
         raise SettingsError("data=hf needs data.dataset=NAME")
     if model.name.startswith(("/", "./", "../", "~")) and not Path(model.name).expanduser().is_dir():
         raise SettingsError(f"model.name={model.name!r} is not a folder on this machine")
+
+
+def check_runs(runs: Path) -> None:
+    """Make the folder that run folders go into. Raises SettingsError when that, or writing in it, is not possible."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise SettingsError(f"no run can be kept in {runs} ({reason}): give another folder by --runs-dir") from None
 
 
 def _size_of(settings: Settings) -> str:

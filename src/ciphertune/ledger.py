@@ -11,7 +11,7 @@ from typing import Any
 from ciphertune import wire
 from ciphertune.federation import Member
 from ciphertune.privacy import Spent, noise_multiplier
-from ciphertune.runs import ServerFolder
+from ciphertune.runs import ASKED, DECLINED, ServerFolder
 from ciphertune.scores import Report, Score, mean, show, size
 from ciphertune.settings import Settings
 
@@ -113,6 +113,22 @@ class Ledger:
         if down:
             self._down[member.name].add(down)
         self._sent[member.name] = size_
+        if self._spent:  # whatever comes of it: late or unreadable, it was sent
+            self._spent.asked(member.name, round_)
+            self._folder.line(round_, ASKED, member.name)
+
+    def declined(self, round_: int, member: Member) -> None:
+        """A client answered that it could not train: it sent no update."""
+        if self._spent:
+            self._spent.declined(member.name, round_)
+            self._folder.line(round_, DECLINED, member.name)
+
+    def recall(self) -> None:
+        """Take up whom a run that is resumed asked for updates with noise, also in a round that was cut off."""
+        for line in self._folder.lasting() if self._spent else ():
+            if self._spent and line["stage"] in (ASKED, DECLINED):
+                count = self._spent.asked if line["stage"] == ASKED else self._spent.declined
+                count(line["node"], line["round"])
 
     def negotiated(self, round_: int, member: Member, up: int, down: int) -> None:
         """A client was asked which columns it wants encrypted: bytes of its answer and of what it was sent."""
@@ -147,12 +163,6 @@ class Ledger:
             **({"loss": report.score.loss, "metric": dict(report.score.metrics)} if report.score else {}),
             train_loss=report.train_loss,
         )
-
-    def arrived(self, round_: int, member: Member) -> None:
-        """An update came, usable or not: where it has noise, this is what its sender gave away."""
-        if self._spent:
-            self._spent.arrived(member.name, round_)
-            self._members[member.name] = member
 
     def stages(self, round_: int, member: Member, spent: Mapping[str, float]) -> None:
         """The seconds a client says it spent, per stage."""

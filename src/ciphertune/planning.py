@@ -129,7 +129,6 @@ def settle(
         shares = sorted({h.budget for h in hellos})
         named = {b: tuple(np.arange(column_count(x.n, b)) for x in layers) for b in shares}
         federation.negotiate([Wish(h.name, h.budget, named[h.budget]) for h in hellos])
-    assert federation.session is not None
     return federation.session, tuple(federation.contributor(m) for m in federation.members)
 
 

@@ -10,6 +10,7 @@ comes from dp-accounting's Renyi accountant (arXiv 1702.07476). Noise is added i
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,30 +89,35 @@ def noise_multiplier(method: MethodSettings, rounds: int) -> float:
 class Spent:
     """What each client's updates have given away so far, to the server and to another client.
 
-    The server reads every update that reaches it, with the client's own noise alone. Another client sees means: there
-    the noise of all contributors but itself adds up, and the client's part is scaled by its weight.
+    The server reads every update that is sent to it, with the client's own noise alone. Another client sees means:
+    there the noise of all contributors but itself adds up, and the client's part is scaled by its weight.
     """
 
     multiplier: float
     delta: float
 
     def __post_init__(self) -> None:
-        self._server: dict[str, set[int]] = {}  # rounds
+        self._server: dict[str, Counter[int]] = defaultdict(
+            Counter
+        )  # client -> round -> times that it may have sent it
         self._client: dict[str, list[float]] = {}
 
-    def arrived(self, name: str, round_: int) -> None:
-        """An update reached the server, whether it was used or not. Asked for a round again, a client sends the same
-        one again, which gives away nothing more.
+    def asked(self, name: str, round_: int) -> None:
+        """A client was asked for an update, which it may have sent whether or not it was seen to arrive. Asked for a
+        round again, it sends the same one again, which gives away nothing more.
         """
-        self._server.setdefault(name, set()).add(round_)
+        self._server[name][round_] += 1
+
+    def declined(self, name: str, round_: int) -> None:
+        """The client answered, once, that it sends none."""
+        self._server[name][round_] -= 1
 
     def state(self) -> dict[str, Any]:
-        """What was given away so far, as plain values."""
-        return {"server": {name: sorted(rounds) for name, rounds in self._server.items()}, "client": self._client}
+        """What other clients were given so far, as plain values; whom the server asked stands in rounds.jsonl."""
+        return {"client": self._client}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
-        self._server = {name: set(map(int, rounds)) for name, rounds in state["server"].items()}
         self._client = {name: list(map(float, zs)) for name, zs in state["client"].items()}
 
     def released(self, people: Mapping[str, tuple[float, int]]) -> None:
@@ -130,12 +136,14 @@ class Spent:
 
     def report(self) -> dict[str, dict[str, float]]:
         """Epsilon per client and view."""
+        sent = {name: sum(times > 0 for times in rounds.values()) for name, rounds in self._server.items()}
         return {
             name: {
-                "server": epsilon([self.multiplier] * len(rounds), self.delta),
+                "server": epsilon([self.multiplier] * count, self.delta),
                 "client": epsilon(self._client.get(name, []), self.delta),
             }
-            for name, rounds in self._server.items()
+            for name, count in sent.items()
+            if count
         }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ciphertune import wire
-from ciphertune.aggregation import check_norm, check_weighted, opened, readable, too_few
+from ciphertune.aggregation import check_norm, check_precise, check_weighted, opened, readable, too_few
 from ciphertune.columns import Codes, Factors, aggregate_tier, basis_ranks, clear_codes, read_clear, slots
 from ciphertune.crypto.base import blocks_for
 from ciphertune.errors import FormatError, RoundMismatchError
@@ -85,12 +85,15 @@ class ProductSum:
         return len(self._updates)
 
     def release(self, minimum: int) -> wire.Message:
-        """The aggregate. Raises TooFewError when fewer than `minimum` contributed: one update's sum is itself."""
+        """The aggregate. Raises TooFewError when fewer than `minimum` contributed, for one update's sum is itself, or
+        with so little of the weight that no client could take it.
+        """
         if self.contributors < max(1, minimum):
             raise too_few(self._round, self.contributors, minimum)
         updates = [self._updates[s] for s in sorted(self._updates)]
         plan, public = self._session.plan, self._session.public
         people = tuple(u.who for u in updates)
+        check_precise(self._session, self._round, people, self._total)
         tier = aggregate_tier(plan, people)
         where, by_tier = slots(plan, tier), {t: clear_codes(plan, t) for t in {tier, *(c.tier for c in people)}}
         basis = basis_ranks(plan, people)

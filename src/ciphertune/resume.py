@@ -45,7 +45,6 @@ class Earlier:
 def keep(folder: ServerFolder, federation: Federation, ledger: Ledger, aggregate: wire.Message) -> None:
     """Write down what was reached with the aggregate of a round, which goes to no client before."""
     link = federation.session
-    assert link is not None
     state = {
         "run": federation.run,
         "settings": link.settings_digest.hex(),

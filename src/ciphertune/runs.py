@@ -20,6 +20,10 @@ from ciphertune.plan import Plan
 from ciphertune.settings import Settings
 from ciphertune.versions import versions
 
+# Stages of rounds.jsonl whose lines stand when a round is begun again: a client's fault; that it was asked for an
+# update with noise, which it may have sent; that it answered without one.
+FAULT, ASKED, DECLINED = "fault", "asked", "declined"
+_LASTING = (FAULT, ASKED, DECLINED)
 _COUNTS = (
     "seconds", "bytes_up", "bytes_down", "clear_bytes", "cipher_bytes", "values_clear", "values_cipher", "samples",
     "loss", "train_loss", "contributors",
@@ -34,23 +38,34 @@ class ServerFolder:
     """The server's files: settings, versions, plan, rounds, summary, the aggregates, and its view when recorded."""
 
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
-        self.path = path
+        self.path, self._resumed = path, resumed
         self._events: Events | None = None
-        if not resumed and (path / "settings.yaml").exists():
-            raise SettingsError(f"run folder {path} holds another run already: choose another name=...")
+        self._check()
         path.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, log: str = "") -> None:
-        """Keep other servers out of the folder until `release` or the end of this process, and open the log.
+    def _check(self) -> None:
+        if not self._resumed and (self.path / "settings.yaml").exists():
+            raise SettingsError(f"run folder {self.path} holds another run already: choose another name=...")
 
-        Raises ResumeError.
+    def hold(self) -> None:
+        """Keep other servers out of the folder until `release` or the end of this process.
+
+        Raises ResumeError, or SettingsError where another has begun a run in it meanwhile.
         """
-        self._lock = (self.path / ".lock").open("w")
+        lock = (self.path / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check()
+        except BlockingIOError:
+            lock.close()
             raise ResumeError(f"another server works in {self.path}: wait until it has ended, or end it") from None
+        except BaseException:
+            lock.close()
+            raise
+        self._lock = lock
+
+    def open_log(self, log: str) -> None:
+        """Keep a log of this kind beside rounds.jsonl."""
         if log == "tensorboard":
             self._events = Events(self.path / "tensorboard")
 
@@ -95,17 +110,26 @@ class ServerFolder:
         (self.path / "server" / f"state_{round_ - 2:04d}.json").unlink(missing_ok=True)
 
     def cut(self, round_: int, *, but: str = "") -> None:
-        """Move the lines of this round and later ones, but of one stage, out of rounds.jsonl: they are done again."""
+        """Move the lines of this round and later ones out of rounds.jsonl: they are done again.
+
+        Those of the stage `but` stay, and those of a stage that always does.
+        """
         path = self.path / "rounds.jsonl"
         kept: list[str] = []
         off: list[str] = []
         for line in _text(path).splitlines() if path.is_file() else []:
             found = _line(line)  # none where its writer was ended in the middle of it
-            stays = found is not None and (found["round"] < round_ or found["stage"] == but)
+            stays = found is not None and (found["round"] < round_ or found["stage"] in (but, *_LASTING))
             (kept if stays else off).append(line + "\n")
         with (self.path / "interrupted.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(off)
         write(path, "".join(kept).encode())
+
+    def lasting(self) -> list[dict[str, Any]]:
+        """The lines of rounds.jsonl that stand whatever is begun again; of a file that `cut` has gone through."""
+        path = self.path / "rounds.jsonl"
+        found = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.is_file() else ())
+        return [line for line in found if line["stage"] in _LASTING]
 
     def view(self, round_: int, node: str, data: bytes) -> None:
         """Exactly the bytes the server got from one client."""

@@ -53,7 +53,6 @@ def _round(
 ) -> None:
     by_name = {n.name: n for n in nodes}
     if settings.method.negotiates and round_ == 0:
-        assert federation.session is not None
         widths = [x.n for x in federation.session.plan.layers]
         wishes = []
         for member in federation.members:
@@ -62,7 +61,6 @@ def _round(
             ]
             wishes.append(parse_wish(member.name, member.hello.budget, values["columns"], widths))
         federation.negotiate(wishes)
-    assert federation.session is not None
     folder.plan(federation.session.plan, federation.members, {"round": round_} if settings.method.negotiates else None)
     total = federation.total(federation.members)
     sum_ = federation.open_round(round_, federation.members)
@@ -95,7 +93,6 @@ def _task(
     base: int = -1,
     lacking: Sequence[tuple[wire.Message, wire.Session]] = (),
 ) -> dict[str, Any]:
-    assert federation.session is not None
     plans = list(dict.fromkeys([federation.session.plan, *(link.plan for _, link in lacking)]))
     return {
         "round": round_,
