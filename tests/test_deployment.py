@@ -57,3 +57,28 @@ def test_two_labs_with_keys_and_data_of_their_own_tune_a_model_over_a_superlink(
     assert server and not [p for p in server if p.suffix == ".key" or "safetensors" in p.name]
     material = key.read_bytes()[32:96]
     assert not [p for p in server if material in p.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_supernode_that_is_started_with_a_partition_alone_sends_nothing_in_the_clear(
+    started: tuple[ExitStack, dict[str, str]], tmp_path: Path, llama: Path
+) -> None:
+    """So Flower's own guides start one, and so a simulated node looks; it is none."""
+    stack, environment = started
+    data = write_lines(tmp_path / "patients.jsonl", [{"text": t} for t in SENTENCES])
+    port, log = free_port(), tmp_path / "lab.log"
+    superlink(stack, environment, tmp_path / "superlink.log", port)
+    supernode(stack, environment, log, port, "partition-id=0 num-partitions=3")
+    connection(environment, "lab", port)
+    overrides = [
+        "method=fedavg", "model=hf", f"model.name={llama}", "data=jsonl", f"data.path={data}", "name=clear",
+        "federation.min_clients=2", "federation.wait_timeout=30", "federation.compare_local=false",
+        "record_server_view=true",
+    ]  # fmt: skip
+    run = [str(BIN / "ciphertune"), "run", "--app", str(ROOT), "--superlink", "lab", *overrides]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said + log.read_text(errors="replace")[-3000:]
+    assert "0 of at least 2 clients" in said and "SettingsError: see its own log" in said
+    assert "would send this node's update in the clear: it refuses unless" in log.read_text(errors="replace")
+    assert not list((tmp_path / "server").rglob("*.msg"))
