@@ -77,6 +77,8 @@ def _pull(grid: Grid, message_id: str, node: int, most: int) -> Message | WireEr
     except _NO_MESSAGE as error:
         log_trace(error)
         return FormatError(f"its reply is not a message of Flower ({type(error).__name__})")
+    if sum(map(flower.arrays_size, found)) > 2 * most:
+        return FormatError("its reply's arrays are longer than any that are expected")
     ours = [r for r in found if r.metadata.reply_to_message_id == message_id]
     right = [r for r in ours if r.has_error() or r.metadata.src_node_id == node]
     if len(right) > 1:

@@ -10,13 +10,14 @@ import pytest
 from conftest import CONF
 from federations import Lab, said
 from flwr.app import Message
+from grid import DeployedGrid
+from test_hostile_messages import named
 
 from ciphertune import flower
 from ciphertune.errors import FederationError
 from ciphertune.federation import Federation
 from ciphertune.settings import Settings, compose
 from server_app.door import Door
-from tests.test_hostile_messages import HttpGrid, named
 
 
 class Gathering:
@@ -26,7 +27,9 @@ class Gathering:
         text = f"{lab.base} method=fedavg {overrides}"
         self.nodes, self.later = named(folder, 4), list[int]()
         self.settings: Settings = compose(CONF, text)
-        self.grid = HttpGrid({}, {"overrides": text, "num-server-rounds": 0, "runs-dir": str(lab.runs)}, self.tamper)
+        self.grid = DeployedGrid(
+            {}, {"overrides": text, "num-server-rounds": 0, "runs-dir": str(lab.runs)}, self.tamper
+        )
         self.federation = Federation(self.settings, 4242)
         self.changes: dict[int, dict[str, Any]] = {}  # node -> what its greeting says instead
         monkeypatch.setattr("server_app.door.time.sleep", self.sleep)

@@ -582,7 +582,7 @@ def test_no_message_is_taken_where_flower_joins_arrays_by_code_that_nothing_boun
     reply.content["payload"] = ArrayRecord({"0000": Array("bytes", (8,), "ciphertune", bytes(8))})
     assert mail.open_reply(asked(Replies([objects_of(reply)]), most=100)[0])[1] == [bytes(8)]
     monkeypatch.setattr(Array, "inflate", classmethod(flower._join))
-    with pytest.raises(FormatError, match="nothing bounds what Flower makes of a message: install the flwr"):
+    with pytest.raises(FederationError, match="nothing bounds what Flower makes of a message: install the flwr"):
         mail.open_reply(asked(Replies([objects_of(reply)]), timeout=0.3, most=100)[0])
 
 

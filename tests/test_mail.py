@@ -60,6 +60,16 @@ def test_a_message_that_the_superlink_did_not_take_is_said_to_be_so_and_no_other
             assert mail.open_reply(reply)[0] == {"node": i + 1}
 
 
+def test_arrays_that_flower_did_not_count_are_counted_once_they_are_there() -> None:
+    grid = Full(set(), left_out=False)
+    question = Message(flower.pack({}), 1, "train", group_id="0")
+    assert list(grid.push_messages([question])) == ["m0"]
+    grid.answers["m0"] = set_metadata(Message(flower.pack({}, [bytes(401)]), reply_to=question), src_node_id=1)
+    assert isinstance(mail._pull(grid, "m0", 1, 200), FormatError)
+    grid.answers["m0"] = set_metadata(Message(flower.pack({}, [bytes(150)]), reply_to=question), src_node_id=1)
+    assert isinstance(mail._pull(grid, "m0", 1, 200), Message)
+
+
 class Failing(LocalGrid):
     """A grid in which taking the reply raises."""
 

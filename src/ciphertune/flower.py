@@ -10,7 +10,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from ciphertune.errors import FormatError, KeyMismatchError, SettingsError
+from ciphertune.errors import FederationError, FormatError, KeyMismatchError, SettingsError
 
 STYPE = "ciphertune"
 # A JSON part beyond this is no message of ours.
@@ -75,15 +75,24 @@ def arrays_of(most: int) -> Iterator[None]:
     """While this is open, Flower joins the chunks of incoming arrays to at most so many bytes. Else a FormatError.
 
     A sender names the chunks that make up an array. A chunk of 5 MB that is named 20,000 times would become 100 GB
-    before anybody could look at the message. Raises FormatError where this Flower joins them by code of its own.
+    before anybody could look at the message. Raises FederationError where this Flower joins them by code of its own.
     """
     if getattr(Array.inflate, "__func__", None) is not _bounded:
-        raise FormatError("nothing bounds what Flower makes of a message: install the flwr that pyproject.toml names")
+        raise FederationError(
+            "nothing bounds what Flower makes of a message: install the flwr that pyproject.toml names"
+        )
     _Joined.left = most
     try:
         yield
     finally:
         _Joined.left = None
+
+
+def arrays_size(message: Message) -> int:
+    """Bytes of the arrays that a message holds."""
+    if message.has_error():
+        return 0
+    return sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
 
 
 _join = Array.inflate.__func__  # type: ignore[attr-defined]

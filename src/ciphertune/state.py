@@ -108,21 +108,21 @@ def load_state(path: Path, like: Adapter, *, run: int) -> tuple[Adapter, int, No
             round_ = int(metadata["round"])
             if metadata["run"] != str(run):
                 return like, -1, Noise.none(like.rank)
-            noise = Noise.from_json(metadata["noise"], like.rank)
             layers = {
                 name: LoraFactors(file.get_tensor(f"{name}.a"), file.get_tensor(f"{name}.b"), old.scale)
                 for name, old in like.layers.items()
             }
             heads = {name: file.get_tensor(name) for name in like.heads}
+        stored = Adapter(layers, heads)
+        if any(
+            stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape
+            for n, f in like.layers.items()
+        ):
+            raise StateError(
+                f"{path} cannot be read back (another rank or model): remove it, and the server sends what is missing"
+            )
+        return stored, round_, Noise.from_json(metadata["noise"], like.rank)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise StateError(
             f"{path} cannot be read back (it is damaged): remove it, and the server sends what is missing"
         ) from error
-    stored = Adapter(layers, heads)
-    if any(
-        stored.layers[n].a.shape != f.a.shape or stored.layers[n].b.shape != f.b.shape for n, f in like.layers.items()
-    ):
-        raise StateError(
-            f"{path} cannot be read back (another rank or model): remove it, and the server sends what is missing"
-        )
-    return stored, round_, noise
