@@ -29,6 +29,7 @@ Wire = list[Objects]  # the replies to one message
 Tamper = Callable[[Message, int], Message | Wire]
 SUPERLINK = 1  # its node id
 UNAVAILABLE = 1  # any code
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 4242, 1  # a test may make messages before a grid
 
 
 def through_bytes(records: RecordDict) -> RecordDict:
