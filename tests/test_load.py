@@ -67,6 +67,7 @@ def client(message: Message, context: Context) -> Message:
     return flower.reply(message, report, [data])
 
 
+@pytest.mark.slow
 def test_neither_memory_nor_state_grow_with_the_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"overrides": WORDS, "num-server-rounds": 0, "runs-dir": str(tmp_path)}
     grid = LocalGrid(simulated(CLIENTS), config)
