@@ -74,7 +74,7 @@ def draw(folder: Path) -> None:
     try:
         from ciphertune.report.page import write_page  # matplotlib: not before the work is done
 
-        say(f"page {write_page(folder)}")
+        say(f"report: {write_page(folder)}")
     except Exception as error:
         log_trace(error)
         say(f"no page: {type(error).__name__}: {error}; `ciphertune report {folder}` tries again")

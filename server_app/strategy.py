@@ -19,7 +19,7 @@ from ciphertune.federation import Federation, Member
 from ciphertune.ledger import Ledger
 from ciphertune.progress import say
 from ciphertune.runs import ServerFolder
-from ciphertune.scores import Score, lines_of_table, mean, report_of, score_of, seconds_of, show
+from ciphertune.scores import Score, in_short, lines_of_table, mean, report_of, score_of, seconds_of, show
 from ciphertune.settings import Settings
 from ciphertune.task import Terms
 from server_app.conduct import Conduct
@@ -48,8 +48,7 @@ class EncryptedLora(Strategy):
 
     def summary(self) -> None:
         """Say what is about to happen."""
-        method, crypto = self.settings.method, self.settings.crypto
-        say(f"{method.name}: share {method.share}, secret {method.select}, ranks {method.fit_rank}, {crypto.backend}")
+        say(in_short(self.settings))
         say(f"run folder {self.folder.path}")
 
     # --- the loop -------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_the_server_writes_the_page_at_the_end_and_says_where(
     lab: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = lab("federation.compare_local=true", page=True)
-    assert f"page {run / 'report.html'}" in said(capsys)
+    assert f"report: {run / 'report.html'}" in said(capsys)
     page, found = check_harmless((run / "report.html").read_text()), summary(run)
     assert page.tags.count("svg") == 3
     for who in (found, *found["nodes"].values()):
@@ -181,7 +181,7 @@ def test_the_page_of_the_first_command_loads_its_adapter(tmp_path: Path) -> None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     path = tmp_path / "first/report.html"
-    assert f"page {path}" in done.stdout.splitlines()
+    assert f"report: {path}" in done.stdout.splitlines()
     names = loaded_by(check_harmless(path.read_text()), tmp_path / "first")
     assert [*names["model"].peft_config] == ["default"] and names["model"].peft_config["default"].r == 2
     ids = names["tokenizer"]("one", return_tensors="pt")

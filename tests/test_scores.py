@@ -6,9 +6,11 @@ import math
 from typing import Any
 
 import pytest
+from conftest import CONF
 
 from ciphertune.errors import FormatError
-from ciphertune.scores import Score, mean, number, report_of, show, size
+from ciphertune.scores import Score, in_short, mean, number, report_of, show, size
+from ciphertune.settings import compose
 from server_app.mail import say
 
 GOOD: dict[str, Any] = {
@@ -79,3 +81,13 @@ def test_figures_are_shown_with_their_units() -> None:
     assert [size(x) for x in (12, 1234, 5_600_000, 7e9)] == ["12 B", "1.2 kB", "5.6 MB", "7.0 GB"]
     assert show(Score(1.23456, {"accuracy": 0.5}, 1)) == "1.235 (accuracy 50.0%)"
     assert show(None) == "-"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "method").glob("*.yaml")))
+def test_one_line_says_of_every_method_what_travels_and_what_is_encrypted(name: str) -> None:
+    settings = compose(CONF, [f"method={name}"])
+    line = in_short(settings)
+    assert line.startswith(f"{name}: ")
+    encrypts = settings.crypto.backend != "clear" and settings.method.share != "none"
+    assert (f"encrypted ({settings.crypto.backend})" in line) == encrypts
+    assert ("everything encrypted" in line) == (encrypts and settings.method.select == "all")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ciphertune.errors import FormatError, ReportError
+from ciphertune.settings import Settings
 
 _METRICS = ("perplexity", "accuracy", "f1")
 _STAGES = ("load", "unseal", "evaluate", "score", "train", "seal", "save")
@@ -111,6 +112,27 @@ def show(score: Score | None) -> str:
 _SHARES = ("accuracy", "f1")
 
 
+_SHARED = {"both": "A and B", "alternate": "A and B in turns", "b_only": "B alone", "none": "nothing is shared"}
+_HIDDEN = {
+    "none": "nothing encrypted",
+    "all": "everything encrypted",
+    "negotiated": "the negotiated columns of A encrypted",
+    "dropped": "some columns of A left out, nothing encrypted",
+    "entries": "some entries encrypted",
+}
+
+
+def in_short(settings: Settings) -> str:
+    """The method in one line: sealed: A and B in turns, everything encrypted (ckks_packed)."""
+    method, backend = settings.method, settings.crypto.backend
+    parts = [_SHARED[method.share]]
+    if method.share != "none":
+        clear = backend == "clear"
+        hidden = _HIDDEN["none" if clear and method.select != "dropped" else method.select]
+        parts.append(hidden if clear else f"{hidden} ({backend})")
+    return f"{method.name}: {', '.join(parts)}"
+
+
 def lines_of_table(summary: Mapping[str, Any]) -> list[str]:
     """The table at the end of a run, as lines of text: base, every client alone, federated, and what travelled."""
     from io import StringIO
@@ -119,7 +141,12 @@ def lines_of_table(summary: Mapping[str, Any]) -> list[str]:
     from rich.table import Table
 
     nodes = summary.get("nodes", {})
-    table = Table(title=f"{summary['method']}: {summary['rounds']} rounds, {len(nodes)} clients", title_justify="left")
+    table = Table(
+        title=f"{summary['method']}: {summary['rounds']} rounds, {len(nodes)} clients",
+        caption="held-out loss, lower is better; base: not tuned; alone: as many steps without the others",
+        title_justify="left",
+        caption_justify="left",
+    )
     for column in (
         "client",
         "rank",
