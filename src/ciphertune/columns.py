@@ -23,8 +23,7 @@ import numpy.typing as npt
 from ciphertune.adapter import Adapter, FloatArray
 from ciphertune.plan import Plan
 from ciphertune.ranks import Contributor
-from ciphertune.split import Counts, Vector, cut, head_size, pack_heads
-from ciphertune.split import check_shape as check_shape
+from ciphertune.split import Counts, Vector, check_shape, cut, head_size, pack_heads
 
 Codes = npt.NDArray[np.int64]
 

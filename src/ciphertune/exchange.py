@@ -13,7 +13,6 @@ from ciphertune.columns import (
     Codes,
     aggregate_tier,
     basis_ranks,
-    check_shape,
     in_column_order,
     join_columns,
     read_clear,
@@ -29,7 +28,7 @@ from ciphertune.plan import Plan
 from ciphertune.precision import imprecise, precise_rank
 from ciphertune.product import reach
 from ciphertune.ranks import Contributor, reparameterise, to_mean
-from ciphertune.split import Vector, head_size, join, join_heads, pack
+from ciphertune.split import Vector, check_shape, head_size, join, join_heads, pack
 
 # of an entry of M where nothing is encrypted: far above anything that training makes, far below overflow
 _LARGEST_PRODUCT = 1e9
