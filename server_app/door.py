@@ -33,6 +33,7 @@ class Door:
         self._seen: set[int] = set()  # nodes that were greeted
         self._simulated = False
         self._refusals: list[tuple[str, str]] = []  # who, why
+        self._told = 0  # of these
 
     def greeting(self) -> dict[str, Any]:
         """What every message to a client begins with: a client under other settings or code refuses it."""
@@ -65,6 +66,7 @@ class Door:
                 raise FederationError("; ".join([state, *self._reasons()]))
             if len(hellos) > len(fitting):
                 state += f", {len(hellos) - len(fitting)} others do not agree with them"
+            self._say_refusals()  # the operator can mend it while the others wait
             if state != said:
                 said = state
                 say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in fitting)})")
@@ -76,14 +78,14 @@ class Door:
             name = "min_contributors" if resumed else "min_clients"
             state = f"{len(members)} clients can work together, federation.{name}={least}"
             raise FederationError("; ".join([state, *self._reasons()]))
-        for reason in self._reasons():
-            say(f"left out {reason}")
+        self._say_refusals()
         for member in members:
             say(f"  {member.name}: rank {member.hello.rank}, {member.hello.samples} examples")
 
     def greet_new(self, grid: Grid) -> None:
         """Take in clients that come later, or come back on a new node, under the plan as it is."""
         self._refusals.clear()
+        self._told = 0
         for hello in self._greet(grid, time.monotonic() + _GREETING_SECONDS):
             try:
                 member = self.federation.admit(hello, set(grid.get_node_ids()))
@@ -93,8 +95,7 @@ class Door:
                 same = any((m.name, m.hello.identity) == (hello.name, hello.identity) for m in self.federation.admitted)
                 if same and not hello.simulated:
                     self._seen.discard(hello.node_id)  # its old node may only seem to be there: ask again next round
-        for reason in self._reasons():
-            say(f"left out {reason}")
+        self._say_refusals()
 
     def online(self, grid: Grid) -> list[Member]:
         """The members whose nodes are connected, without the excluded."""
@@ -158,9 +159,15 @@ class Door:
                 self._refusals.append((name, str(error)))
         return hellos, bool(simulated) and all(simulated)
 
-    def _reasons(self) -> list[str]:
+    def _say_refusals(self) -> None:
+        """Those that were not said yet."""
+        for reason in self._reasons(self._told):
+            say(f"left out {reason}")
+        self._told = len(self._refusals)
+
+    def _reasons(self, first: int = 0) -> list[str]:
         """One text per reason, with everybody it applies to."""
         grouped: dict[str, list[str]] = {}
-        for who, why in self._refusals:
+        for who, why in self._refusals[first:]:
             grouped.setdefault(why, []).append(who)
         return [f"{', '.join(sorted(who))}: {why}" for why, who in grouped.items()]

@@ -120,3 +120,22 @@ def test_a_resumed_run_does_not_wait_for_more_clients_than_are_left(
     some.gather(0, 1, 2, 3, then=())
     some.federation.excluded["lab-0"] = "unusable messages"
     assert some.gather(10, 11, 12, 13, then=()) == ["lab-1", "lab-2", "lab-3"]
+
+
+def test_why_a_client_cannot_take_part_is_said_once_and_while_the_others_are_waited_for(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some = Gathering(lab, tmp_path, "federation.min_clients=2", monkeypatch)
+    some.changes[0] = {"error": "SettingsMismatchError", "line": "another version is installed"}
+    heard: list[str] = []
+    go_on = some.sleep
+
+    def sleep(seconds: float) -> None:
+        heard.append(said(capsys))
+        go_on(seconds)
+
+    monkeypatch.setattr("server_app.door.time.sleep", sleep)
+    assert some.gather(0, 1, then=(2,)) == ["lab-1", "lab-2"]
+    line = "left out lab-0: SettingsMismatchError: another version is installed"
+    assert line in heard[0]
+    assert "".join([*heard, said(capsys)]).count(line) == 1
