@@ -66,8 +66,8 @@ CLASSIFIER = (
     "data.max_heldout=200",
     "training.steps=8",
     "training.batch_size=8",
-    "training.learning_rate=2e-3",
-    "training.learning_rate_end=4e-4",
+    "training.learning_rate=4e-3",
+    "training.learning_rate_end=8e-4",
 )
 CAUSAL = (
     "model=hf",
