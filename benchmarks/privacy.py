@@ -64,8 +64,9 @@ COMMON = (
     "federation.rounds=2 federation.min_clients=2 federation.compare_local=false training.learning_rate=1e-3 "
     "training.threads=1"
 )
-MEMBERS = "data.max_train=200 data.max_heldout=200 training.learning_rate=3e-3 federation.rounds=10"
-ROUNDS = 10  # of a federation whose finished adapter is attacked
+# of a federation whose finished adapter is attacked
+ROUNDS, MEMBER_STEPS, MEMBER_BATCH = 10, 10, 8
+MEMBERS = f"data.max_train=200 data.max_heldout=200 training.learning_rate=3e-3 federation.rounds={ROUNDS}"
 LENGTHS = (14, 18)  # tokens of a sentence whose gradient is attacked
 
 
@@ -110,7 +111,7 @@ def membership(cell: str, seed: int, models: Path, data: Path) -> list[dict[str,
     """Who is told to have been a member by the finished adapter of a federation, and what the metadata say."""
     _, kind, method = cell.split("/")
     with tempfile.TemporaryDirectory() as scratch:
-        overrides = f"{words(kind, method, 8, 10, seed, models, data)} {MEMBERS}"
+        overrides = f"{words(kind, method, MEMBER_BATCH, MEMBER_STEPS, seed, models, data)} {MEMBERS}"
         settings = compose(ROOT / "conf", f"{overrides} runs_dir={scratch} name=audited")
         folder = simulate(settings, ROUNDS, finish=True)
         found = read_view(folder)

@@ -13,9 +13,13 @@ from privacy import (
     GRADIENT_BATCHES,
     GRADIENT_RANKS,
     HIDDEN,
+    LENGTHS,
+    MEMBER_BATCH,
+    MEMBER_STEPS,
     MEMBERS,
     METHODS,
     OUT,
+    ROUNDS,
     SEEDS,
     STEPS,
     cells,
@@ -77,7 +81,8 @@ def _gradient(found: dict[str, Rows]) -> list[str]:
         "## The gradient of one batch",
         "",
         "The setting of the attack's paper (DAGER, arXiv 2405.15586): gradients of A of the first layer's query and "
-        "value at an adapter that has moved, MiniLM-L6, sentences of 14 to 18 tokens. Hidden: columns of A that the "
+        f"value at an adapter that has moved, MiniLM-L6, sentences of {LENGTHS[0]} to {LENGTHS[1]} "
+        "tokens. Hidden: columns of A that the "
         "attacker lacks, at random. Recall, and in brackets how much of what was named is true.",
         "",
         "| step, hidden columns, attack | " + " | ".join(f"rank {r}, batch {b}" for r, b in columns) + " |",
@@ -140,10 +145,10 @@ def _membership(found: dict[str, Rows]) -> list[str]:
     lines = [
         "## What the finished adapter tells: membership",
         "",
-        "Whoever gets the adapter, a client too, may ask whether a text was trained on. Ten rounds of ten steps, batch "
-        f"8, 200 texts per client (`{MEMBERS}`); 200 members against 200 others by their loss and by Min-K%. AUROC 0.5 "
-        "is guessing; in brackets the 95 % bootstrap intervals' mean ends. The base model has seen neither. Encryption "
-        "does not change what an adapter learned; only `dp_lora` limits it.",
+        "Whoever gets the adapter, a client too, may ask whether a text was trained on. "
+        f"{ROUNDS} rounds of {MEMBER_STEPS} steps, batch {MEMBER_BATCH} (`{MEMBERS}`); members against as many others "
+        "by their loss and by Min-K%. AUROC 0.5 is guessing; in brackets the mean ends of the bootstrap's 95 %. "
+        "The base model has seen neither. Encryption does not change what an adapter learned; noise (`dp_lora`) does.",
         "",
         "| model, method | AUROC of the loss | of Min-K% | found at 1 % false positives | base model |",
         "|---|---|---|---|---|",

@@ -91,6 +91,8 @@ COMMON = (
 BUDGET = 0.1  # of A's columns, for the methods that negotiate
 # the setting of FedShield-LLM at our scale, for what it is compared with there, and `sealed`
 FEDSHIELD = "fedshield-setting"
+# how the classifiers' learning rate was chosen: one cell under others as well
+RATES_CELL, RATES = "rates", ("2e-3", "4e-3", "8e-3")
 PEERS, AT_BYTES = ("fedavg", "flexlora", "rolora"), " at sealed's bytes"
 _WRITING = threading.Lock()
 FEDSHIELD_ROWS = ("fedavg", "fedshield", "fedshield agreed mask", "sealed")
@@ -99,11 +101,14 @@ FEDSHIELD_ROWS = ("fedavg", "fedshield", "fedshield agreed mask", "sealed")
 def cells() -> list[str]:
     """Names of all cells."""
     grid = [f"{data}-{division}-{ranks}" for ranks in RANKS for division in ("iid", "dirichlet") for data in SETS]
-    return [FEDSHIELD, *grid]
+    return [RATES_CELL, FEDSHIELD, *grid]
 
 
 def rows_of(cell: str) -> dict[str, str]:
     """Names of a cell's rows, and their own overrides."""
+    if cell == RATES_CELL:
+        ends = {rate: f"training.learning_rate={rate} training.learning_rate_end={float(rate) / 5:g}" for rate in RATES}
+        return {f"{m} {rate}": f"method={m} {words}" for m in ("fedavg", "sealed") for rate, words in ends.items()}
     named = {row: ROWS[row] or f"method={row}" for row in (FEDSHIELD_ROWS if cell == FEDSHIELD else ROWS)}
     return named | same_bytes(read(cell)["rows"])
 
@@ -130,7 +135,7 @@ def overrides(cell: str, options: argparse.Namespace, work: Path) -> list[str]:
         folder = options.data / "medical_meadow_small"
         words = ["experiment=fedshield_llama", f"model.name={options.models / 'llama-4m'}", *COMMON[1:4]]
         return [*words, f"data.path={folder / 'train.jsonl'}", f"data.heldout_path={folder / 'test.jsonl'}"]
-    data, division, ranks = cell.split("-")
+    data, division, ranks = (cell if cell != RATES_CELL else "sst2-iid-unequal").split("-")
     clients = ",".join(f"{{rank:{rank},budget:{BUDGET}}}" for rank in RANKS[ranks])
     words = [*COMMON, f"data.partition={division}"]
     words += [f"federation.clients=[{clients}]", f"data.heldout_path={options.data / data / 'test.jsonl'}"]
@@ -205,7 +210,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--work", type=Path, default=ROOT / "comparisons", help="where unfinished runs are")
     options = parser.parse_args()
-    every = [*ROWS, *(f"{peer}{AT_BYTES}" for peer in PEERS)]
+    every = [*ROWS, *(f"{peer}{AT_BYTES}" for peer in PEERS), *rows_of(RATES_CELL)]
     wanted = [row.strip() for row in options.rows.split(",") if row.strip()] or every
     if unknown := [row for row in wanted if row not in every]:
         parser.error(f"--rows {unknown[0]}: want some of {', '.join(every)}")

@@ -6,7 +6,22 @@ import json
 import statistics
 from typing import Any
 
-from results import AT_BYTES, CAUSAL, CLASSIFIER, COMMON, FEDSHIELD, GRID, PEERS, RANKS, ROUNDS, ROWS, cells, rows_of
+from results import (
+    AT_BYTES,
+    CAUSAL,
+    CLASSIFIER,
+    COMMON,
+    FEDSHIELD,
+    GRID,
+    PEERS,
+    RANKS,
+    RATES,
+    RATES_CELL,
+    ROUNDS,
+    ROWS,
+    cells,
+    rows_of,
+)
 
 Cell = dict[str, Any]
 
@@ -38,14 +53,14 @@ def page() -> str:
         "adapters in float32. The real server and clients exchange real messages in one process "
         "(`benchmarks/in_process.py`).",
         "",
-        "All methods have the same steps, batches, seeds and division, and one learning rate, of 2e-3, 4e-3 and 8e-3 "
-        "the best for `fedavg` on seeds 0 and 1 of sst2 divided at random, unequal ranks; methods that move one factor "
-        "at a time take twice that (`method.rate_factor`). Nothing else was tuned. The metric is the mean over the "
-        "clients, each with its own adapter on the common test set; ± is the standard deviation over the seeds.",
+        "All methods have the same steps, batches, seeds and division, and one learning rate; methods that move one "
+        "factor at a time take twice that (`method.rate_factor`). Nothing else was tuned. The metric is the mean over "
+        "the clients, each with its own adapter on the common test set; ± is the standard deviation over the seeds.",
         "",
         f"Settings of the classifiers: {_code(CLASSIFIER)}; of the causal model: {_code(CAUSAL)}; of all: "
         f"{_code(COMMON)}.",
     ]
+    lines += _rates(known.pop(RATES_CELL, {"rows": {}})["rows"])
     for name, cell in known.items():
         if cell["rows"]:
             lines += ["", f"## {name.replace('-', ', ')}", "", *_cell(cell)]
@@ -58,6 +73,27 @@ def page() -> str:
     lines += [f"- {name.replace('-', ', ')}: {', '.join(f'`{row}`' for row in rows)}" for name, rows in part.items()]
     lines += [f"- whole: {', '.join(name.replace('-', ' ') for name in whole)}"] if whole else []
     return "\n".join([*lines, *([] if whole or part else ["Nothing."])]) + "\n"
+
+
+def _rates(rows: dict[str, Any]) -> list[str]:
+    """How the classifiers' learning rate was chosen."""
+    if not rows:
+        return []
+    lines = ["", "## The learning rate of the classifiers", "", "| sst2, iid, unequal ranks: accuracy in % | "]
+    lines[-1] += " | ".join(RATES) + " |"
+    lines.append("|---|" + "---|" * len(RATES))
+    for method in dict.fromkeys(name.split()[0] for name in rows):
+        found = [rows.get(f"{method} {rate}", {"seeds": {}})["seeds"].values() for rate in RATES]
+        values = [[_value(s["federated"], "accuracy") for s in seeds] for seeds in found]
+        lines.append(f"| `{method}` | " + " | ".join(_spread(v, "accuracy") if v else "-" for v in values) + " |")
+    means = {r: _mean_accuracy(rows, f"fedavg {r}") for r in RATES if f"fedavg {r}" in rows}
+    best = max(means, key=means.__getitem__)
+    rate = next(word.partition("=")[2] for word in CLASSIFIER if word.startswith("training.learning_rate="))
+    return [*lines, "", f"`fedavg` is best at {best}; the classifiers below take {rate}."]
+
+
+def _mean_accuracy(rows: dict[str, Any], name: str) -> float:
+    return statistics.fmean(_value(s["federated"], "accuracy") for s in rows[name]["seeds"].values())
 
 
 def _cell(cell: Cell) -> list[str]:
