@@ -89,3 +89,18 @@ def test_a_sealed_message_of_100_mb_arrives_as_it_was_sent_over_a_superlink(tmp_
     first, second, last = json.loads(out.read_text())["exchanges"]
     assert min(first["bytes_up"], second["bytes_up"], second["bytes_down"], last["bytes_down"]) > 10**8
     assert max(second["largest_error"], last["largest_error"]) < 1e-6  # of the mean in float64
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_federation_in_one_process_sums_and_counts_what_the_simulation_does(tmp_path: Path) -> None:
+    words = ["experiment=smoke", "federation.rounds=2", "federation.compare_local=false", "method=fedavg"]
+    own = [str(BENCHMARKS / "in_process.py"), str(tmp_path), "--clients", "4", "--seeds", "1", *words]
+    subprocess.run([sys.executable, *own], check=True, capture_output=True)
+    flower = ["-m", "ciphertune.cli", "run", "--app", str(BENCHMARKS.parent), "--runs-dir", str(tmp_path)]
+    flower += ["name=flower", "seed=0", "data.seed=0", *words]
+    subprocess.run([sys.executable, *flower], check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("seed-0", "flower"))
+    assert (one["bytes_up"], one["bytes_down"]) == (two["bytes_up"], two["bytes_down"])
+    assert one["federated"]["loss"] == pytest.approx(two["federated"]["loss"], abs=1e-5)
+    assert one["federated"]["loss"] < one["base"]["loss"] - 0.01  # something was learned
