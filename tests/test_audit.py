@@ -119,8 +119,9 @@ def test_outside_the_mean_a_she_lora_update_is_the_change_alone(lab: Callable[..
     np.testing.assert_allclose(got.a, change @ got.projection, atol=1e-5)
 
 
+@pytest.mark.parametrize("grouped", ["false", "true"])
 def test_the_texts_to_score_against_are_those_the_client_trained_on(
-    lab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    lab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, grouped: str
 ) -> None:
     used: list[set[tuple[int, ...]]] = []
     step = lm_train._step
@@ -130,7 +131,7 @@ def test_the_texts_to_score_against_are_those_the_client_trained_on(
         return step(model, parameters, optimizer, batches, settings)
 
     monkeypatch.setattr(lm_train, "_step", watched)
-    run = lab(f"method=fedavg {RECORDED} federation.rounds=1")
+    run = lab(f"method=fedavg {RECORDED} federation.rounds=1 training.group_by_length={grouped}")
     settings = audit_view.settings_of_run(run)
     one = audit_view.read_view(run).seen[0]
     told = [

@@ -127,6 +127,7 @@ def test_nothing_is_asked_of_a_node_without_quantization() -> None:
     ("overrides", "message"),
     [
         (["model.quantization=5bit"], "model.quantization='5bit' is not one of: none, 4bit, 8bit"),
+        (["model.attention=flash"], "model.attention='flash' is not one of: auto, eager, sdpa"),
         (["model.gradient_checkpointing=often"], "model.gradient_checkpointing='often'"),
         (["method=flora", "model.quantization=4bit"], "model.quantization=4bit with method.aggregate=stack"),
         (["method=flora", "model=large"], "quantized weights cannot be added to"),
@@ -322,6 +323,15 @@ def gradients(model: LoraModel, data: list[Encoded]) -> tuple[dict[str, np.ndarr
         summed, _ = loss_sum(model, collate(data, model))
     summed.backward()
     return {name: p.grad.numpy().copy() for name, p in model.trainable().items()}, sum(kept.values())
+
+
+def test_attention_is_computed_as_the_settings_say_and_changes_no_gradient(llama: ModelSettings) -> None:
+    models = [load(replace(llama, attention=kind), rank=4, device="cpu") for kind in ("auto", "eager", "sdpa")]
+    assert [m.model.config._attn_implementation for m in models] == ["sdpa", "eager", "sdpa"]
+    (wanted, _), (found, _) = (gradients(model, data_of(llama)) for model in models[:2])
+    for name, gradient in wanted.items():
+        np.testing.assert_allclose(found[name], gradient, atol=1e-6, rtol=1e-4)
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])

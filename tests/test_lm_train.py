@@ -12,7 +12,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.errors import DataError, StateError
 from ciphertune.lm.data import Encoded
 from ciphertune.lm.model import LoraModel, load
-from ciphertune.lm.train import train
+from ciphertune.lm.train import batches, train
 from ciphertune.settings import ModelSettings, TrainingSettings
 from tests.tiny import SENTENCES, tiny_bert, tiny_llama
 
@@ -144,6 +144,18 @@ def test_every_example_is_used_before_one_is_used_again(model: LoraModel, monkey
     passes = [seen[i : i + 5] for i in (0, 5, 10)]
     assert all(sorted(p, key=str) == sorted(data, key=str) for p in passes)
     assert passes[0] != passes[1] or passes[1] != passes[2]
+
+
+def test_grouped_batches_hold_texts_of_like_length_and_every_example_once() -> None:
+    lengths = np.random.default_rng(5).permutation(np.arange(1, 65)).tolist()
+    data = [Encoded((7,) * n, 0) for n in lengths]
+    orders = []
+    for seed in range(4):
+        rows = batches(data, replace(FAST, batch_size=8, group_by_length=True), seed)
+        found = [sorted(lengths[i] for i in next(rows)) for _ in range(8)]
+        assert sorted(found) == [list(range(first, first + 8)) for first in range(1, 65, 8)]
+        orders.append(tuple(batch[0] for batch in found))
+    assert len(set(orders)) == 4  # not the short ones first: the batches come in an order of their own
 
 
 def test_a_run_in_two_parts_with_state_equals_one_run(settings: ModelSettings, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ CHOICES = {
     "model.task": ("causal_lm", "classification"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.release": ("bfloat16", "float32"),
+    "model.attention": ("auto", "eager", "sdpa"),
     "model.quantization": ("none", "4bit", "8bit"),
     "data.source": ("embedded", "jsonl", "hf"),
     "data.partition": ("none", "iid", "dirichlet", "natural"),

@@ -44,7 +44,7 @@ def data_of(clients: Path, node: str, run: int) -> ClientData:
 def trained_on(settings: Settings, node: str, round_: int, data: ClientData) -> list[Text]:
     """The examples of a client's batches in a round, each once."""
     training = settings.training
-    order = batches(len(data.train), training.batch_size, batch_seed(settings.seed, node, round_))
+    order = batches(data.train, training, batch_seed(settings.seed, node, round_))
     rows = [i for _ in range(training.steps * training.accumulation) for i in next(order)]
     return [data.train[i].input_ids for i in dict.fromkeys(rows)]
 

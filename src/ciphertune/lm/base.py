@@ -57,6 +57,8 @@ def load_base(
     """
     kind: Any = AutoModelForCausalLM
     extra: dict[str, Any] = {"dtype": dtype}
+    if settings.attention != "auto":
+        extra["attn_implementation"] = settings.attention
     keep: list[str] = []
     if settings.task == "classification":
         kind = AutoModelForSequenceClassification

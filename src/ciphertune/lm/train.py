@@ -20,6 +20,7 @@ from ciphertune.lm.model import LoraModel
 from ciphertune.runs import write
 from ciphertune.settings import TrainingSettings
 
+_GROUPED = 8  # batches among which examples are sorted by length
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -55,7 +56,7 @@ def train(
     optimizer = _optimizer(parameters, settings)
     if state is not None and state.is_file():
         _restore(optimizer, parameters, _load(state))
-    rows = batches(len(data), settings.batch_size, seed)
+    rows = batches(data, settings, seed)
     losses, count = [], settings.accumulation
     model.model.train()
     with torch.random.fork_rng(devices=_cuda(model.device)):
@@ -92,15 +93,24 @@ def _step(
     return total / targets
 
 
-def batches(examples: int, size: int, seed: int) -> Iterator[list[int]]:
-    """The numbers of the examples in each batch, without end: full batches of one shuffled pass after the other."""
+def batches(data: Sequence[Encoded], settings: TrainingSettings, seed: int) -> Iterator[list[int]]:
+    """The numbers of the examples in each batch, without end: full batches of one shuffled pass after the other.
+
+    With `group_by_length` every eight batches are divided anew, by length, and shuffled again as whole batches.
+    """
     generator = np.random.default_rng(seed % 2**64)
+    size = settings.batch_size
+    count = _GROUPED if settings.group_by_length else 1
     queue: list[int] = []
     while True:
-        while len(queue) < size:
-            queue.extend(generator.permutation(examples).tolist())
-        yield queue[:size]
-        del queue[:size]
+        while len(queue) < size * count:
+            queue.extend(generator.permutation(len(data)).tolist())
+        group = queue[: size * count]
+        del queue[: size * count]
+        if settings.group_by_length:
+            group.sort(key=lambda i: len(data[i].input_ids))
+        for k in generator.permutation(count) if count > 1 else (0,):
+            yield group[k * size : (k + 1) * size]
 
 
 def batch_seed(seed: int, name: str, round_: int) -> int:
