@@ -4,9 +4,10 @@
     python benchmarks/privacy.py ... --cells 'encoder/she_lora*'                   a part of it
     python benchmarks/tables.py                                                    the page, from what is there
 
---models holds minilm-l6 and llama-4m, --data sst2 and tinystories_excerpt. Two kinds of cells: `gradient/...` attacks
+--models holds minilm-l6 and llama-4m, --data sst2 and tinystories_excerpt. Three kinds of cells: `gradient/...` attacks
 the gradient of one batch at a warm adapter, as the papers do; `encoder/...` and `causal/...` attack what two clients of
-the product send in two rounds of AdamW. Each cell is kept in benchmarks/results/privacy.json as soon as it is done.
+the product send in two rounds of AdamW; `membership/...` asks the finished adapter. Each cell is kept in
+benchmarks/results/privacy.json as soon as it is done.
 """
 
 from __future__ import annotations

@@ -148,7 +148,8 @@ def _membership(found: dict[str, Rows]) -> list[str]:
         "Whoever gets the adapter, a client too, may ask whether a text was trained on. "
         f"{ROUNDS} rounds of {MEMBER_STEPS} steps, batch {MEMBER_BATCH} (`{MEMBERS}`); members against as many others "
         "by their loss and by Min-K%. AUROC 0.5 is guessing; in brackets the mean ends of the bootstrap's 95 %. "
-        "The base model has seen neither. Encryption does not change what an adapter learned; noise (`dp_lora`) does.",
+        "The last column is the base model, before tuning. Encryption does not change what an adapter learned; noise "
+        "(`dp_lora`) does.",
         "",
         "| model, method | AUROC of the loss | of Min-K% | found at 1 % false positives | base model |",
         "|---|---|---|---|---|",

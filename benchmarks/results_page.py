@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Any
 
@@ -12,42 +11,38 @@ from results import (
     CLASSIFIER,
     COMMON,
     FEDSHIELD,
-    GRID,
     PEERS,
     RANKS,
+    RATE,
     RATES,
-    RATES_CELL,
+    RATES_OF,
     ROUNDS,
     ROWS,
+    SETS,
     cells,
+    read,
     rows_of,
 )
 
 Cell = dict[str, Any]
 
 OURS = ("sealed", "she_lora", "fedshield agreed mask")
-# which plaintext method sums the same numbers
-TWINS = {"sealed": "rolora", "she_lora": "flexlora", "full_he": "fedavg", "maskcrypt": "fedavg"}
-
-
 _FEDSHIELD = (
     "Three clients of rank 32 on query and value of the causal model, alpha 64, 20 rounds of 10 steps, cosine learning "
-    "rate, the instructions divided at random (`experiment=fedshield_llama`). The pruning rate rises from 0.2 to 0.5 "
-    "over the rounds (`method.prune_schedule=scaled`)."
+    "rate, the instructions divided at random (`experiment=fedshield_llama` with `model.max_length=96`). "
+    "The pruning rate rises from 0.2 to 0.5 over the rounds (`method.prune_schedule=scaled`)."
 )
 
 
 def page() -> str:
     """The whole document."""
-    known = {
-        name: json.loads((GRID / f"{name}.json").read_text()) for name in cells() if (GRID / f"{name}.json").is_file()
-    }
+    known = {name: read(name) for name in cells()}
     lines = [
         "# All methods on real data",
         "",
         "Made by `python benchmarks/tables.py` from `benchmarks/results/grid/`, which `python benchmarks/results.py "
-        "--models FOLDER --data FOLDER` fills. MiniLM-L6 with LoRA on query and value, and a causal model of four "
-        "million parameters for the instructions (`medical_meadow_small`). Four clients of ranks "
+        "--models FOLDER --data FOLDER` fills. MiniLM-L6 (its own dropout off) with LoRA on query and value, and a "
+        "causal model of four million parameters for the instructions (`medical_meadow_small`). Four clients of ranks "
         f"{' or '.join('/'.join(map(str, r)) for r in RANKS.values())}; {ROUNDS} rounds; the data divided at random or "
         "under Dirichlet 0.3 (by label, or the first word of the question). The base model computes in bfloat16, the "
         "adapters in float32. The real server and clients exchange real messages in one process "
@@ -58,15 +53,16 @@ def page() -> str:
         "the clients, each with its own adapter on the common test set; ± is the standard deviation over the seeds.",
         "",
         f"Settings of the classifiers: {_code(CLASSIFIER)}; of the causal model: {_code(CAUSAL)}; of all: "
-        f"{_code(COMMON)}.",
+        f"{_code(COMMON)}, and a learning rate that falls to a fifth.",
     ]
-    lines += _rates(known.pop(RATES_CELL, {"rows": {}})["rows"])
+    for cell in RATES_OF:
+        lines += _rates(cell, known.pop(cell))
     for name, cell in known.items():
-        if cell["rows"]:
+        if cell:
             lines += ["", f"## {name.replace('-', ', ')}", "", *_cell(cell)]
-        if cell["rows"] and name == FEDSHIELD:
+        if cell and name == FEDSHIELD:
             lines += ["", _FEDSHIELD]
-    missing = {name: [r for r in rows_of(name) if r not in known.get(name, {"rows": {}})["rows"]] for name in cells()}
+    missing = {name: [r for r in rows_of(name) if r not in read(name)] for name in cells()}
     whole = [name for name, rows in missing.items() if len(rows) == len(rows_of(name))]
     part = {name: rows for name, rows in missing.items() if rows and name not in whole}
     lines += ["", "## Not run yet", ""]
@@ -75,31 +71,76 @@ def page() -> str:
     return "\n".join([*lines, *([] if whole or part else ["Nothing."])]) + "\n"
 
 
-def _rates(rows: dict[str, Any]) -> list[str]:
-    """How the classifiers' learning rate was chosen."""
+def summary() -> list[str]:
+    """README's table: one cell of every set."""
+    found = {name: read(f"{name}-dirichlet-unequal") for name in SETS}
+    known = {name: rows for name, rows in found.items() if rows}
+    if not known:
+        return ["Not run yet."]
+    first = next(iter(known))
+    heads = " | ".join(f"{name}: {_metric(rows)[1]}" for name, rows in known.items())
+    lines = [
+        f"| Dirichlet 0.3, unequal ranks | {heads} | up per round, {first} | encrypted |",
+        "|---|" + "---|" * (len(known) + 2),
+    ]
+    for row in (r for r in ROWS if r in known[first]):
+        shown = []
+        for rows in known.values():
+            kind = _metric(rows)[0]
+            values = [_value(s["federated"], kind) for s in rows[row]["seeds"].values()] if row in rows else []
+            shown.append(_spread(values, kind) if values else "-")
+        one = next(iter(known[first][row]["seeds"].values()))
+        sizes = f"{one['bytes_up'] / 1e3:,.0f} kB | {one['encrypted_fraction']:.0%}"
+        lines.append(f"| `{row}` | {' | '.join(shown)} | {sizes} |")
+    spent = [
+        s["seconds_by_stage"] for rows in found.values() for s in rows.get("sealed", {"seeds": {}})["seeds"].values()
+    ]
+    shares = [(s["seal"] + s["unseal"]) / (sum(s.values()) - s["aggregate"]) for s in spent]
+    if shares:
+        lines += [
+            "",
+            f"Of their clients' time {len(shares)} runs of `sealed` spent at most {max(shares):.1%} on cryptography.",
+        ]
+    return lines
+
+
+def _rates(cell: str, rows: dict[str, Any]) -> list[str]:
+    """How a learning rate was chosen."""
     if not rows:
         return []
-    lines = ["", "## The learning rate of the classifiers", "", "| sst2, iid, unequal ranks: accuracy in % | "]
-    lines[-1] += " | ".join(RATES) + " |"
-    lines.append("|---|" + "---|" * len(RATES))
+    kind, label = _metric(rows)
+    what = cell.removeprefix("rates-")
+    rates = RATES[what]
+    lines = ["", f"## The learning rate of the {what}", "", f"| {RATES_OF[cell].replace('-', ', ')}: {label} | "]
+    lines[-1] += " | ".join(rates) + " |"
+    lines.append("|---|" + "---|" * len(rates))
     for method in dict.fromkeys(name.split()[0] for name in rows):
-        found = [rows.get(f"{method} {rate}", {"seeds": {}})["seeds"].values() for rate in RATES]
-        values = [[_value(s["federated"], "accuracy") for s in seeds] for seeds in found]
-        lines.append(f"| `{method}` | " + " | ".join(_spread(v, "accuracy") if v else "-" for v in values) + " |")
-    means = {r: _mean_accuracy(rows, f"fedavg {r}") for r in RATES if f"fedavg {r}" in rows}
-    best = max(means, key=means.__getitem__)
-    rate = next(word.partition("=")[2] for word in CLASSIFIER if word.startswith("training.learning_rate="))
-    return [*lines, "", f"`fedavg` is best at {best}; the classifiers below take {rate}."]
+        found = [rows.get(f"{method} {rate}", {"seeds": {}})["seeds"].values() for rate in rates]
+        values = [[_value(s["federated"], kind) for s in seeds] for seeds in found]
+        lines.append(f"| `{method}` | " + " | ".join(_spread(v, kind) if v else "-" for v in values) + " |")
+    known = [m for m in ("fedavg", "sealed") if all(f"{m} {r}" in rows for r in rates)]
+    means = {m: {r: _mean(rows[f"{m} {r}"], kind) for r in rates} for m in known}
+    best = min if kind == "loss" else max
+    if not known:
+        return lines
+    alone = "; ".join(f"`{m}` alone is best at {best(found, key=found.__getitem__)}" for m, found in means.items())
+    both = best(rates, key=lambda r: sum(found[r] for found in means.values()))
+    return [*lines, "", f"{alone}. The best mean of both is at {both}; below, all take {RATE[what]}."]
 
 
-def _mean_accuracy(rows: dict[str, Any], name: str) -> float:
-    return statistics.fmean(_value(s["federated"], "accuracy") for s in rows[name]["seeds"].values())
+def _metric(rows: dict[str, Any]) -> tuple[str, str]:
+    """What a cell is measured by, and how it is shown."""
+    known = next(iter(next(iter(rows.values()))["seeds"].values()))["federated"]["metric"]
+    return ("accuracy", "accuracy in %") if "accuracy" in known else ("loss", "loss, lower is better")
+
+
+def _mean(row: dict[str, Any], kind: str) -> float:
+    return statistics.fmean(_value(s["federated"], kind) for s in row["seeds"].values())
 
 
 def _cell(cell: Cell) -> list[str]:
-    rows = {name: cell["rows"][name] for name in ROWS if name in cell["rows"]}
-    kind = "accuracy" if "accuracy" in next(iter(rows.values()))["seeds"]["0"]["federated"]["metric"] else "loss"
-    label = "accuracy in %" if kind == "accuracy" else "loss"
+    rows = {name: cell[name] for name in ROWS if name in cell}
+    kind, label = _metric(rows)
     out = [
         f"| method | {label} | against `fedavg`, same seeds | up per round | down per round | encrypted |",
         "|---|---|---|---|---|---|",
@@ -114,7 +155,7 @@ def _cell(cell: Cell) -> list[str]:
         one = next(iter(row["seeds"].values()))
         sizes = f"{one['bytes_up'] / 1e3:,.0f} kB | {one['bytes_down'] / 1e3:,.0f} kB | {one['encrypted_fraction']:.0%}"
         out.append(f"| `{name}` | {_spread(list(own.values()), kind)} | {against} | {sizes} |")
-    return [*out, *_same_bytes(cell["rows"], kind), *_losses(rows, kind)]
+    return [*out, *_same_bytes(cell, kind), *_losses(rows, kind)]
 
 
 def _same_bytes(rows: dict[str, Any], kind: str) -> list[str]:
@@ -136,7 +177,7 @@ def _losses(rows: dict[str, Any], kind: str) -> list[str]:
     """Where a method of ours is worse than another of the table, by more than the spread of the pairs."""
     found = []
     for own in (n for n in OURS if n in rows):
-        for other in (n for n in rows if n not in OURS and n != TWINS.get(own)):
+        for other in (n for n in rows if n not in OURS):
             pairs = [
                 _value(s["federated"], kind) - _value(rows[other]["seeds"][seed]["federated"], kind)
                 for seed, s in rows[own]["seeds"].items()

@@ -2,12 +2,10 @@
 
     python benchmarks/round.py                         the embedded model, and 2 layers of a Llama of width 2048
     python benchmarks/round.py --hidden 4096 --layers 4 --repeat 3        only a Llama of this width
-    python benchmarks/round.py --run RUN [RUN ...]     also: the share of cryptography in rounds of finished runs
 
 Two rounds of each method are made of real messages (`seal`, the server's sum, `unseal`), so that a method which
 alternates between the factors counts both. Plaintext FedAvg sends both factors in float32, both ways. Bytes are exact;
 those of a round of 1000 clients follow from `wire.message_size`. Seconds are of the processor; read them as ratios.
-A run's rounds.jsonl says how long its clients sealed, unsealed, loaded, trained and evaluated, in wall time.
 Results go to benchmarks/results/round.json.
 """
 
@@ -39,7 +37,6 @@ from ciphertune.exchange import seal, unseal
 from ciphertune.plan import LayerShape
 from ciphertune.planning import loads
 from ciphertune.ranks import Contributor
-from ciphertune.runs import read_lines, read_values
 from ciphertune.settings import compose
 from ciphertune.versions import versions
 
@@ -54,10 +51,8 @@ METHODS = {  # name: overrides
 }
 SAMPLES = (400, 600, 1000, 1200)  # of the four clients
 MANY = 1000  # clients, where bytes are computed
-# Largest total bytes over those of plaintext FedAvg; largest share of a client's round that is cryptography.
+# largest total bytes over those of plaintext FedAvg
 AIMS = {"sealed": 1.0, "sealed crypto=ckks_packed_48": 1.15}
-SHARE = 0.05
-CRYPTOGRAPHY, ROUND = ("seal", "unseal"), ("load", "unseal", "evaluate", "train", "seal")  # stages of a client
 
 
 @dataclass(frozen=True)
@@ -185,32 +180,7 @@ def describe(shape: Shape, repeat: int) -> dict[str, Any]:
     }
 
 
-def share_of_run(folder: Path) -> dict[str, Any]:
-    """How much of its clients' rounds a finished run spent on cryptography, packing and framing included."""
-    totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for row in read_lines(folder)[0]:
-        if row["node"] != "server" and row["stage"] in ROUND:
-            totals[row["node"]][row["stage"]] += row["seconds"]
-    if not totals:
-        raise SystemExit(f"{folder.name}/rounds.jsonl holds no stage of a client")
-    settings = read_values(folder / "settings.yaml")
-    seconds = {stage: sum(node.get(stage, 0.0) for node in totals.values()) for stage in ROUND}
-    spent = sum(seconds[stage] for stage in CRYPTOGRAPHY)
-    return {
-        "method": settings["method"]["name"],
-        "crypto": settings["crypto"]["backend"],
-        "model": Path(settings["model"]["name"]).name,
-        "nodes": len(totals),
-        "seconds": {stage: round(value, 6) for stage, value in seconds.items()},
-        "share_of_round": spent / sum(seconds.values()),
-        "share_of_training_and_cryptography": spent / (spent + seconds["train"]),
-        "largest_share_of_a_node": max(
-            sum(n.get(s, 0.0) for s in CRYPTOGRAPHY) / sum(n.values()) for n in totals.values()
-        ),
-    }
-
-
-def aims(found: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def aims(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """What was aimed at, what came out, and whether that is enough."""
 
     def aim(name: str, wanted: float, value: float) -> dict[str, Any]:
@@ -222,9 +192,6 @@ def aims(found: dict[str, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> l
             r = methods[method]
             out.append(aim(f"{method}, {shape}: total bytes over fedavg", most, r["ratio_total"]))
             out.append(aim(f"{method}, {shape}: of {MANY} clients", most, r["ratio_total_many"]))
-    for run, r in runs.items():
-        if r["crypto"] != "clear":
-            out.append(aim(f"{run}: share of a client's round on cryptography", SHARE, r["share_of_round"]))
     return out
 
 
@@ -234,12 +201,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=0, help="measure only Llamas of this width")
     parser.add_argument("--layers", type=int, default=2, help="of the Llamas")
     parser.add_argument("--repeat", type=int, default=5, help="of the larger shapes at most 2")
-    parser.add_argument("--run", type=Path, nargs="+", default=(), help="folders of finished runs")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/round.json")
     options = parser.parse_args()
-    runs = {folder.resolve().name: share_of_run(folder) for folder in options.run}
-    if len(runs) < len(options.run):
-        parser.error("--run: two folders have the same name")
     chosen = llamas(options.hidden, options.layers) if options.hidden else [EMBEDDED, *llamas(2048, options.layers)]
     repeats = {shape: min(options.repeat, 2 if shape.hidden else options.repeat) for shape in chosen}
     load = round(os.getloadavg()[0], 2)
@@ -256,8 +219,7 @@ def main() -> None:
         },
         "methods": found[first],
         "shapes": {s.name: {"about": describe(s, repeats[s]), "methods": found[s]} for s in others},
-        "runs": runs,
-        "aims": aims({s.name: methods for s, methods in found.items()}, runs),
+        "aims": aims({s.name: methods for s, methods in found.items()}),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + "\n")

@@ -45,37 +45,7 @@ def round_table(found: dict[str, Any]) -> list[str]:
         cells = (shape["methods"][name] for shape in shapes.values())
         ratios = " | ".join(f"{r['ratio_total']:.2f} | {r['ratio_total_many']:.2f}" for r in cells)
         rows.append(f"| `{name}` | {ratios} |")
-    shares = [a for a in found["aims"] if "share" in a["name"]]
-    if shares:
-        worst = max(a["found"] for a in shares)
-        rows += [
-            "",
-            f"Cryptography took at most {worst:.1%} of a client's round in {len(shares)} runs of MiniLM on SST-2.",
-        ]
     return rows
-
-
-def real_table(found: dict[str, Any]) -> list[str]:
-    """benchmarks/real.py."""
-    metric = next(iter(found["rows"]["sealed"]["federated"]["metric"]))
-    rows = [f"| run | loss | {metric} | up per round | down per round | encrypted |", "|---|---|---|---|---|---|"]
-
-    def line(name: str, score: dict[str, Any], rest: str) -> str:
-        value = score["metric"][metric]
-        shown = f"{value:.1%}" if metric in ("accuracy", "f1") else f"{value:.2f}"
-        return f"| {name} | {score['loss']:.4f} | {shown} | {rest} |"
-
-    first = found["rows"]["sealed"]
-    rows.append(line("base model, not tuned", first["base"], "- | - | -"))
-    rows.append(line("each client alone (mean)", first["local"], "- | - | -"))
-    for name, r in found["rows"].items():
-        rest = f"{r['bytes_up'] / 1e3:.0f} kB | {r['bytes_down'] / 1e3:.0f} kB | {r['encrypted_fraction']:.0%}"
-        rows.append(line(name, r["federated"], rest))
-    differences = "; ".join(
-        f"{pair}: loss {v['loss']:+.1e}, {metric} {v[metric]:+.1e}"
-        for pair, v in found["difference_by_encryption"].items()
-    )
-    return [*rows, "", f"Difference that encryption makes, same seed: {differences}."]
 
 
 def default_table(found: dict[str, Any]) -> list[str]:
@@ -272,8 +242,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "fedshield": fedshield_table,
     "she_lora_accuracy": she_lora_accuracy_table,
     "default": default_table,
-    "real_sst2_minilm": real_table,
-    "real_instructions_llama": real_table,
     "she_lora": she_lora_table,
 }
 
@@ -283,7 +251,11 @@ def filled(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        lines = TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+        lines = (
+            results_page.summary()
+            if name == "grid"
+            else TABLES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+        )
         return "\n".join([f"<!-- table {name} -->", *lines, "<!-- end -->"])
 
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)

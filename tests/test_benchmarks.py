@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 AIM = {"name", "wanted", "found", "met"}
@@ -41,14 +43,7 @@ def test_sums_are_compared_with_every_peer(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_rounds_of_real_messages_are_compared_with_fedavg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "sealed-seed0"
-    run.mkdir()
-    stages = {"load": 1.0, "unseal": 0.5, "evaluate": 2.0, "train": 6.0, "seal": 0.5}
-    lines = [{"round": 0, "stage": s, "node": n, "seconds": v} for n in ("a", "b") for s, v in stages.items()]
-    lines.append({"round": 0, "stage": "aggregate", "node": "server", "seconds": 9.0})
-    (run / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (run / "settings.yaml").write_text("method: {name: sealed}\ncrypto: {backend: ckks_packed}\nmodel: {name: m}\n")
-    words = ("--hidden", "32", "--layers", "1", "--repeat", "1", "--run", str(run))
+    words = ("--hidden", "32", "--layers", "1", "--repeat", "1")
     found = ran("round.py", tmp_path / "round.json", monkeypatch, *words)
     methods = ["fedavg", "full_he", "sealed", *(f"sealed crypto={c}" for c in ("ckks_packed_48", "bfv_packed", "ckks"))]
     for part in (found, *found["shapes"].values()):
@@ -57,12 +52,7 @@ def test_rounds_of_real_messages_are_compared_with_fedavg(tmp_path: Path, monkey
         for row in part["methods"].values():
             assert row["bytes_up_many"] == row["bytes_up"]
             assert {"client seal", "client unseal", "server add", "server release"} == set(row["seconds"])
-    share = found["runs"]["sealed-seed0"]
-    assert share["share_of_round"] == share["largest_share_of_a_node"] == pytest.approx(0.1)
-    assert share["share_of_training_and_cryptography"] == pytest.approx(1 / 7)
     assert all(set(aim) == AIM for aim in found["aims"])
-    (missed,) = [aim for aim in found["aims"] if aim["name"].startswith("sealed-seed0")]
-    assert (missed["wanted"], missed["met"]) == (0.05, False)
 
 
 def test_the_growth_of_the_servers_memory_is_the_slope_over_the_second_half_of_the_rounds(tmp_path: Path) -> None:
@@ -95,12 +85,22 @@ def test_a_sealed_message_of_100_mb_arrives_as_it_was_sent_over_a_superlink(tmp_
 @pytest.mark.long
 def test_a_federation_in_one_process_sums_and_counts_what_the_simulation_does(tmp_path: Path) -> None:
     words = ["experiment=smoke", "federation.rounds=2", "federation.compare_local=false", "method=fedavg"]
-    own = [str(BENCHMARKS / "in_process.py"), str(tmp_path), "--clients", "4", "--seeds", "1", *words]
+    own = [str(BENCHMARKS / "in_process.py"), str(tmp_path), "--clients", "4", "--seeds", "2", *words]
     subprocess.run([sys.executable, *own], check=True, capture_output=True)
     flower = ["-m", "ciphertune.cli", "run", "--app", str(BENCHMARKS.parent), "--runs-dir", str(tmp_path)]
-    flower += ["name=flower", "seed=0", "data.seed=0", *words]
+    flower += [
+        "name=flower",
+        "seed=1",
+        "data.seed=1",
+        *words,
+    ]  # that after what is kept of the first
     subprocess.run([sys.executable, *flower], check=True, capture_output=True)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("seed-0", "flower"))
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("seed-1", "flower"))
     assert (one["bytes_up"], one["bytes_down"]) == (two["bytes_up"], two["bytes_down"])
     assert one["federated"]["loss"] == pytest.approx(two["federated"]["loss"], abs=1e-5)
     assert one["federated"]["loss"] < one["base"]["loss"] - 0.01  # something was learned
+    for k in range(4):
+        path = f"clients/client-{k}/adapter/adapter_model.safetensors"
+        found, wanted = (load_file(tmp_path / name / path) for name in ("seed-1", "flower"))
+        for name, value in wanted.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-5)
