@@ -55,7 +55,7 @@ class Door:
         hellos: list[Hello] = []
         said = ""
         while True:
-            hellos += self._greet(grid, deadline)
+            hellos = self._still_there(grid, hellos) + self._greet(grid, deadline)
             fitting = self.federation.fitting(hellos)
             if len(fitting) >= wanted:
                 break
@@ -71,7 +71,8 @@ class Door:
                 said = state
                 say(f"waiting up to {federation.wait_timeout:.0f} s: {state} ({', '.join(h.name for h in fitting)})")
             time.sleep(1.0)
-        self._refusals += [(hello.name, reason) for hello, reason in self.federation.settle(hellos)]
+        for hello, reason in self.federation.settle(hellos):
+            self._refused(hello, reason)
         nodes = {hello.node_id for hello in hellos}
         members = [m for m in self.federation.members if m.hello.node_id in nodes]
         if len(members) < least:
@@ -91,11 +92,21 @@ class Door:
                 member = self.federation.admit(hello, set(grid.get_node_ids()))
                 say(f"  {member.name} joins: rank {hello.rank}, {hello.samples} examples")
             except CiphertuneError as error:
-                self._refusals.append((hello.name, str(error)))
-                same = any((m.name, m.hello.identity) == (hello.name, hello.identity) for m in self.federation.admitted)
-                if same and not hello.simulated:
-                    self._seen.discard(hello.node_id)  # its old node may only seem to be there: ask again next round
+                self._refused(hello, str(error))
         self._say_refusals()
+
+    def _refused(self, hello: Hello, reason: str) -> None:
+        """Write it down. A member's new node is asked again next round: its old one may only seem to be there."""
+        self._refusals.append((hello.name, reason))
+        same = any((m.name, m.hello.identity) == (hello.name, hello.identity) for m in self.federation.admitted)
+        if same and not hello.simulated:
+            self._seen.discard(hello.node_id)
+
+    def _still_there(self, grid: Grid, hellos: list[Hello]) -> list[Hello]:
+        """Those whose nodes are connected; one that comes back is greeted again."""
+        nodes = set(grid.get_node_ids())
+        self._seen -= {h.node_id for h in hellos if h.node_id not in nodes}
+        return [h for h in hellos if h.node_id in nodes]
 
     def online(self, grid: Grid) -> list[Member]:
         """The members whose nodes are connected, without the excluded."""
@@ -156,7 +167,7 @@ class Door:
                     raise FormatError("it says that it is simulated, and this run is between machines")
                 hellos.append(parse_hello(open_reply(reply, most=_MOST_TEXT)[0], node, client))
             except CiphertuneError as error:
-                self._refusals.append((name, str(error)))
+                self._refusals.append((name, printable(str(error))))
         return hellos, bool(simulated) and all(simulated)
 
     def _say_refusals(self) -> None:

@@ -109,6 +109,6 @@ def declines(reply: Message) -> bool:
     if reply.has_error() or "payload" in reply.content:
         return False
     try:
-        return "error" in flower.unpack(reply.content)[0]
+        return "error" in flower.unpack(reply.content, most=MOST_TEXT)[0]
     except FormatError:
         return False

@@ -101,14 +101,17 @@ PAPERS = {
     "dp_lora": "1710.06963",
     "fedavg": "2305.05644",
     "fedshield": "2506.05640",
+    "drop_columns": "2505.21051",
     "ffa_lora": "2403.12313",
     "flexlora": "2402.11505",
     "flora": "2409.05976",
+    "full_he": "2505.21051",
     "hetlora": "2401.06432",
+    "maskcrypt": "IEEE TDSC 2024",
     "rolora": "2502.01755",
     "she_lora": "2505.21051",
 }
-OURS = {"drop_columns", "full_he", "local", "maskcrypt", "sealed"}  # of no paper on arXiv: a sentence says why
+OURS = {"local", "sealed"}  # of no paper
 CLIENTS = "federation.clients='[{rank:4,budget:0.1},{rank:4,budget:0.3}]' federation.min_clients=2 training.steps=1"
 
 

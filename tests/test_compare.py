@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +20,7 @@ import yaml
 from conftest import ROOT
 from pages import Page
 
-from ciphertune import charts, compare
+from ciphertune import charts, compare, compare_runs
 from ciphertune.cli import main
 from ciphertune.comparison import Cell, deviation, read_run, shown
 from ciphertune.versions import code_digest
@@ -74,10 +77,11 @@ class Fake:
 
 
 class Runner:
-    """What is put in the place of `compare.start`. failing: names of run folders that fail."""
+    """What is put in the place of `compare_runs.start`. failing: names of run folders that fail."""
 
     def __init__(self) -> None:
         self.started: list[str] = []
+        self.cells: list[Cell] = []
         self.commands: list[list[str]] = []
         self.environments: list[Mapping[str, str]] = []
         self.failing: set[str] = set()
@@ -88,8 +92,11 @@ class Runner:
         if name == self.interrupt_at:
             raise KeyboardInterrupt
         self.started.append(name)
+        self.cells.append(cell)
         self.commands.append([*command, *cell.words])
         self.environments.append(environment)
+        if f"resume={cell.folder}" in command:
+            shutil.rmtree(cell.folder)
         assert not cell.folder.exists()
         write_run(cell, "failed" if name in self.failing else "completed")
         cell.log.write_text("Flower's own\nround 1/2: 2 of 2 clients\nrun failed after 3 s: out of luck\n")
@@ -109,8 +116,8 @@ def write_run(cell: Cell, status: str) -> None:
 def drawing(monkeypatch: pytest.MonkeyPatch) -> Runner:
     """With charts, which take their time."""
     found = Runner()
-    monkeypatch.setattr(compare, "start", found)
-    monkeypatch.setattr(compare, "_POLL", 0.0)
+    monkeypatch.setattr(compare_runs, "start", found)
+    monkeypatch.setattr(compare_runs, "_POLL", 0.0)
     return found
 
 
@@ -209,6 +216,46 @@ def test_the_same_command_runs_only_what_is_not_finished(tmp_path: Path, runner:
     assert runner.started[4:] == ["fedavg-seed2", "sealed-seed2"]
 
 
+def test_a_run_that_was_cut_off_goes_on_and_begins_anew_where_that_fails(
+    tmp_path: Path, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "runs/fedavg-seed0"
+
+    def left() -> None:
+        cut.mkdir(parents=True)
+        (cut / "settings.yaml").write_text("unfinished")
+
+    left()
+    monkeypatch.setattr(compare_runs.resume, "find", lambda folder, settings: None)  # it could be gone on with
+    runner.failing = {"fedavg-seed0"}
+    assert go(tmp_path, "method=fedavg", "seeds=1") == 1
+    assert f"resume={cut}" in runner.commands[-1] and not cut.exists()
+    runner.failing = set()
+    assert go(tmp_path, "method=fedavg", "seeds=1") == 0
+    assert f"resume={cut}" not in runner.commands[-1]
+    shutil.rmtree(cut)
+    left()
+    assert go(tmp_path, "method=fedavg", "seeds=1") == 0 and f"resume={cut}" in runner.commands[-1]
+
+
+def test_the_bar_counts_the_rounds_of_all_runs_and_tells_the_time_left(tmp_path: Path, runner: Runner) -> None:
+    assert go(tmp_path, "method=fedavg,sealed", "seeds=2") == 0
+    found = {path.name: path for path in (tmp_path / "runs").iterdir()}
+    cells = [c for c in runner.cells if c.folder.name in found]
+    states = {cell: "completed" if k < 2 else "not run" for k, cell in enumerate(cells)}
+    runs = compare_runs.Runs(["x"], 1, states)
+    bar = runs._shown()
+    total = sum(c.settings.federation.rounds for c in cells)
+    per_round = 9.0 / 2  # as `summary_of` has it
+    done = sum(c.settings.federation.rounds for c in cells[:2])
+    assert bar["completed"] == done
+    assert bar["description"] == f"2 of 4 runs, {per_round * (total - done) / 60:.0f} min left"
+    runs._active[cells[2]] = (Fake(0), 0.0)  # type: ignore[assignment]
+    runs._rounds[cells[2]] = 0
+    cells[2].log.write_text("ciphertune | round 1/2: 4 clients\nciphertune | round 2/2: 4 clients\n")
+    assert runs._shown()["completed"] == done + 2
+
+
 def test_an_interrupt_ends_the_runs_that_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless(Fake):
         def poll(self) -> None:  # type: ignore[override]
@@ -222,7 +269,7 @@ def test_an_interrupt_ends_the_runs_that_go_on(tmp_path: Path, monkeypatch: pyte
         started.append(Endless(0))
         return started[-1]
 
-    monkeypatch.setattr(compare, "start", start)
+    monkeypatch.setattr(compare_runs, "start", start)
     assert go(tmp_path, "method=fedavg,sealed,full_he", "seeds=1", "--parallel", "3") == 130
     assert [one.ended for one in started] == [True, True]
 
@@ -445,3 +492,24 @@ def test_two_methods_are_really_compared_and_not_run_again(tmp_path: Path) -> No
     made = (tmp_path / "c/runs/sealed-seed0/summary.json").stat().st_mtime_ns
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert again.returncode == 0 and (tmp_path / "c/runs/sealed-seed0/summary.json").stat().st_mtime_ns == made
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_that_was_really_cut_off_goes_on_after_its_last_round(tmp_path: Path) -> None:
+    words = ["method=fedavg", "experiment=smoke", "federation.rounds=4", "training.threads=1"]
+    command = [sys.executable, "-m", "ciphertune.cli", "compare", "--out", str(tmp_path / "c"), "--seeds", "1", *words]
+    run = tmp_path / "c/runs/fedavg-seed0"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        for _ in range(1200):
+            if (run / "server/state_0001.json").is_file() or process.poll() is not None:
+                break
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 130 and not (run / "server/state_0003.json").is_file()
+    first = (run / "server/round_0000.msg").stat().st_mtime_ns
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "c/compare.json").read_text())["rows"]["fedavg"]["seeds"]["0"]
+    assert [x["round"] for x in found["rounds"]] == [0, 1, 2, 3, 4]
+    assert (run / "server/round_0000.msg").stat().st_mtime_ns == first

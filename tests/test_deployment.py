@@ -72,7 +72,7 @@ def test_a_supernode_that_is_started_with_a_partition_alone_sends_nothing_in_the
     connection(environment, "lab", port)
     overrides = [
         "method=fedavg", "model=hf", f"model.name={llama}", "data=jsonl", f"data.path={data}", "name=clear",
-        "federation.min_clients=2", "federation.wait_timeout=30", "federation.compare_local=false",
+        "federation.min_clients=2", "federation.wait_timeout=60", "federation.compare_local=false",
         "record_server_view=true",
     ]  # fmt: skip
     run = [str(BIN / "ciphertune"), "run", "--app", str(ROOT), "--superlink", "lab", *overrides]

@@ -12,10 +12,12 @@ from conftest import CONF
 from federations import Lab, rounds, said, summary
 from flwr.app import Message
 from grid import simulated
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from ciphertune import flower
 from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.errors import FederationError
 from ciphertune.lm import model
 from ciphertune.settings import compose
 from tests.oracle import BODY, largest, mean_factor, rows_of
@@ -157,3 +159,35 @@ def test_the_entries_that_travel_in_the_clear_are_those_that_changed_least_since
     clear = np.frombuffer(data[BODY : BODY + 4 * values.size], "<f4")
     assert values.size == updates(run, 1)["client-3"]["values_clear"] > 1000
     assert np.abs(np.sort(clear) - values).max() < 1e-7
+
+
+def another_mean(lab: Lab, client: str) -> Any:
+    """Before the second round one client's mean changes on its disk, as that of a client that took a forged one."""
+
+    def change(message: Message) -> None:
+        if message.metadata.group_id != "1":
+            return
+        (run,) = lab.runs.iterdir()
+        path = run / "clients" / client / "state" / "adapter.safetensors"
+        with safe_open(path, framework="numpy") as file:
+            metadata, values = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file({n: np.roll(x, 1, axis=-1) for n, x in values.items()}, path, metadata)
+
+    return change
+
+
+@pytest.mark.parametrize("client", ["client-3", "client-0"])
+def test_clients_whose_masks_differ_are_named_and_a_round_of_too_few_that_agree_is_refused(
+    lab: Lab, capsys: pytest.CaptureFixture[str], client: str
+) -> None:
+    more = f"method=fedshield method.prune=agreed {FROM_THE_START}"
+    refused = "holds another aggregate than they do"
+    if client == "client-3":  # the last to answer: the others agree
+        run = lab(more, outgoing=("train", another_mean(lab, client)))
+        assert sorted(updates(run, 1)) == ["client-0", "client-1", "client-2"]
+        assert f"left out {client}: " in (text := said(capsys)) and refused in text
+        return
+    with pytest.raises(FederationError, match="1 usable updates"):
+        lab(more, outgoing=("train", another_mean(lab, client)))
+    text = said(capsys)
+    assert all(f"left out client-{k}: " in text for k in (1, 2, 3)) and text.count(refused) >= 3

@@ -43,15 +43,18 @@ class Gathering:
         if not self.later:
             raise TimeoutError
         k = self.later.pop(0)
+        if k < 0:
+            del self.grid.nodes[~k]
+            return
         self.grid.nodes[k] = self.nodes[k % 10]
 
     def gather(self, *first: int, then: tuple[int, ...]) -> list[str]:
-        """Names of those that can take part."""
+        """Names of those that can take part. then: who comes, 10 + k on k's second node, or who goes, as ~k."""
         self.grid.nodes = {k: self.nodes[k % 10] for k in first}
         self.later = list(then)
         door = Door(self.settings, self.federation)
         door.gather(self.grid)
-        return [m.name for m in door.online(self.grid)]
+        return sorted(m.name for m in door.online(self.grid))
 
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -100,6 +103,35 @@ def test_clients_that_never_agree_end_the_run_with_both_keys_once_the_time_is_up
     monkeypatch.setattr("server_app.door.time.sleep", sleep)
     with pytest.raises(FederationError, match=r"no side is larger: .* holds key .* holds .*: give all clients one key"):
         some.gather(0, 1, then=())
+
+
+def test_a_lab_that_starts_its_node_again_before_the_run_begins_takes_part_on_the_new_one(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Gathering(lab, tmp_path, "federation.min_clients=3", monkeypatch)
+    assert some.gather(0, 1, then=(~0, 10, 2)) == ["lab-0", "lab-1", "lab-2"]
+    assert {m.hello.node_id for m in some.federation.members} == {10, 1, 2}
+
+
+def test_a_node_that_went_does_not_count_as_one_that_has_joined(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = Gathering(lab, tmp_path, "federation.min_clients=3", monkeypatch)
+    assert some.gather(0, 1, then=(~0, 2, 3)) == ["lab-1", "lab-2", "lab-3"]
+
+
+def test_a_node_that_only_seemed_to_be_there_gives_way_in_the_next_round(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lab's new node is refused while the old one is connected, and asked again."""
+    some = Gathering(lab, tmp_path, "federation.min_clients=3", monkeypatch)
+    some.grid.nodes = {k: some.nodes[k % 10] for k in (0, 1, 2, 10)}
+    door = Door(some.settings, some.federation)
+    door.gather(some.grid)
+    first = next(m.hello.node_id for m in some.federation.members if m.name == "lab-0")
+    del some.grid.nodes[first]
+    door.greet_new(some.grid)
+    assert {m.hello.node_id for m in door.online(some.grid)} == {1, 2, 10 - first}
 
 
 def test_a_resumed_run_does_not_count_a_client_that_was_excluded(

@@ -12,7 +12,7 @@ from flwr.app import Message
 from grid import LocalGrid, set_metadata
 
 from ciphertune import flower
-from ciphertune.errors import FederationError, FormatError
+from ciphertune.errors import CiphertuneError, FederationError, FormatError
 from ciphertune.progress import MARK, log_trace, note, say
 from server_app import mail
 
@@ -85,7 +85,7 @@ class Failing(LocalGrid):
 
 
 def asked(error: Exception) -> dict[str, Any]:
-    ((_, reply),) = mail.exchange(Failing(error), [Message(flower.pack({}), 1, "train")], 0.0001)
+    ((_, reply),) = mail.exchange(Failing(error), [Message(flower.pack({}), 1, "train")], 0.05)
     return mail.open_reply(reply)[0]
 
 
@@ -147,3 +147,11 @@ def test_a_client_that_cannot_go_on_says_so_in_one_line(lab: Lab, capsys: pytest
             nodes={0: node},
         )
     assert all(line.startswith(MARK) for line in said(capsys).splitlines())
+
+
+@pytest.mark.parametrize(("pad", "taken"), [(0, True), (mail.MOST_TEXT, False)])
+def test_a_reply_that_only_says_that_it_failed_holds_no_more_text_than_any_other(pad: int, taken: bool) -> None:
+    reply = Message(flower.pack({"error": "OSError", "line": "", "pad": "x" * pad}), 1, "train")
+    assert mail.declines(reply) == taken
+    with pytest.raises(CiphertuneError, match="OSError" if taken else "not text of at most 65536 characters"):
+        mail.open_reply(reply)

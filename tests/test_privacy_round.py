@@ -111,6 +111,28 @@ def test_a_server_that_states_fewer_rounds_does_not_get_less_noise(lab: Lab, mon
     assert all(z >= noise_multiplier(MethodSettings(epsilon=20.0), 2) for z in used)
 
 
+def test_a_server_gets_no_component_that_was_trained_without_noise_before(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First it asks for one component: the clients keep the others as they trained them. Then it asks for all."""
+    asked = []
+
+    def narrow(message: Message) -> None:
+        values, payload = flower.unpack(message.content)
+        asked.append(values["round"])
+        if len(asked) <= 2:
+            values["terms"] = [{**terms, "tiers": [1]} for terms in values["terms"]]
+        message.content = flower.pack(values, payload)
+
+    clients = "federation.clients='[{rank:4},{rank:4}]' federation.min_clients=2"
+    with pytest.raises(FederationError, match="0 usable updates"):
+        lab(f"method=dp_lora {clients}", nodes=simulated(2), outgoing=("train", narrow))
+    assert lab.grid is not None and asked == [0] * 6  # two clients, three attempts
+    sent = [r for _, r in lab.grid.answered if r.metadata.message_type == "train" and "payload" in r.content]
+    assert len(sent) == 2
+    assert "PlanMismatchError: the server asks for components above the 1 that this client shares" in said(capsys)
+
+
 THREE = "federation.clients='[{rank:2},{rank:4},{rank:4}]' federation.min_clients=3 federation.rounds=1"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -86,3 +88,18 @@ def test_mean_of_weighted_sums_is_the_oracles(
         for layer in plan.layers:
             expected += [mean_factor(clients, samples, layer.name, f, fit_rank)[k] for f in factors]
     assert mean == pytest.approx(np.concatenate(expected), rel=1e-12, abs=1e-13)
+
+
+@pytest.mark.parametrize("plan", [NESTED, PAD], ids=["nested", "pad"])
+def test_the_divisors_of_many_contributors_take_memory_for_each_and_not_for_each_and_component(plan: Plan) -> None:
+    """A server names contributors and their ranks; a matrix of 50,000 by 4096 would be 1.6 GB."""
+    many = [Contributor(1 + k % 4096, 1 + k % 7) for k in range(50_000)]
+    tracemalloc.start()
+    found = divisors(plan, many, 50_000, 4096)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 20e6
+    ranks, samples = np.array([c.rank for c in many]), np.array([c.samples for c in many])
+    for k in (0, 1, 2047, 4095):
+        who = samples[ranks > k] if plan is NESTED else samples
+        assert found[k] == pytest.approx(who.sum() / 50_000, rel=1e-12)

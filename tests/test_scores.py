@@ -70,6 +70,12 @@ def test_numbers_are_checked_against_their_range() -> None:
             number(bad, 0, 5)
 
 
+def test_what_stands_in_place_of_a_number_starts_no_line_of_the_log() -> None:
+    with pytest.raises(FormatError) as caught:
+        number("9\nciphertune | round 2/2: all is well\x1b[2J", 0, 5)
+    assert str(caught.value).isprintable() and "round 2/2" in str(caught.value)
+
+
 def test_text_from_the_wire_cannot_move_the_cursor_or_forge_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     say("left out x: \x1b[2J\nciphertune | round 9/9: all fine\r\udc00")
     out = capsys.readouterr().out
@@ -83,11 +89,24 @@ def test_figures_are_shown_with_their_units() -> None:
     assert show(None) == "-"
 
 
+IN_SHORT = {
+    "dp_lora": "A and B, nothing encrypted",
+    "drop_columns": "A and B, some columns of A left out, nothing encrypted",
+    "fedavg": "A and B, nothing encrypted",
+    "fedshield": "A and B, every entry encrypted (ckks_packed)",
+    "ffa_lora": "B alone, nothing encrypted",
+    "flexlora": "A and B, nothing encrypted",
+    "flora": "A and B, nothing encrypted",
+    "full_he": "A and B, every entry encrypted (ckks)",
+    "hetlora": "A and B, nothing encrypted",
+    "local": "nothing is shared",
+    "maskcrypt": "A and B, some entries encrypted (ckks_packed)",
+    "rolora": "A and B in turns, nothing encrypted",
+    "sealed": "A and B in turns, every entry encrypted (ckks_packed)",
+    "she_lora": "A and B, the negotiated columns of A and the heads encrypted (ckks)",
+}
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "method").glob("*.yaml")))
 def test_one_line_says_of_every_method_what_travels_and_what_is_encrypted(name: str) -> None:
-    settings = compose(CONF, [f"method={name}"])
-    line = in_short(settings)
-    assert line.startswith(f"{name}: ")
-    encrypts = settings.crypto.backend != "clear" and settings.method.share != "none"
-    assert (f"encrypted ({settings.crypto.backend})" in line) == encrypts
-    assert ("everything encrypted" in line) == (encrypts and settings.method.select == "all")
+    assert in_short(compose(CONF, [f"method={name}"])) == f"{name}: {IN_SHORT[name]}"

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CONF
 
 from ciphertune.checks import check
 from ciphertune.errors import SettingsError
 from ciphertune.run_config import settings_of
-from ciphertune.settings import Settings, compose
+from ciphertune.settings import Settings, TrainingSettings, compose
 
 CHOICES = [
     f"{folder.name}={file.stem}"
@@ -201,3 +202,16 @@ def test_the_dataclass_defaults_are_valid() -> None:
 def test_a_folder_without_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"no config\.yaml in"):
         compose(tmp_path)
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 20])
+def test_the_cosine_schedule_is_torchs(rounds: int) -> None:
+    training = TrainingSettings(learning_rate=3e-3, learning_rate_end=2e-4, schedule="cosine")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=rounds - 1, eta_min=2e-4)
+    for round_ in range(rounds):
+        assert training.rate(round_, rounds) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+    assert training.rate(0, 1) == 3e-3
+    assert replace(training, schedule="constant").rate(7, rounds) == 3e-3

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from ciphertune import merging, runs, state, wishes
 from ciphertune.adapter import Adapter, LoraFactors
@@ -40,8 +42,21 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_anyone
     monkeypatch.setattr(os, "replace", renamed)
     monkeypatch.setattr(os, "rename", renamed)
     runs.write(tmp_path / "new/x", b"12345")
-    assert done == [("file", 5), ("name", 0), ("folder", 0)]
+    assert done == [("folder", 0), ("file", 5), ("name", 0), ("folder", 0)]  # first the one that holds the new folder
     assert (tmp_path / "new/x").read_bytes() == b"12345"
+
+
+def test_what_excludes_a_client_or_costs_privacy_is_on_the_disk_before_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.fstat(handle).st_size))
+    folder = runs.ServerFolder(tmp_path)
+    path = tmp_path / "rounds.jsonl"
+    for stage in ("update", runs.FAULT, runs.ASKED, runs.DECLINED):
+        before = len(seen)
+        folder.line(0, stage, "lab-0")
+        assert seen[before:] == ([] if stage == "update" else [path.stat().st_size])
 
 
 def test_what_cannot_get_its_name_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -77,6 +92,12 @@ KEPT: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], s
         lambda f: state.load_state(f / "state/adapter.safetensors", MINE, run=7),
         "remove it, and the server sends what is missing",
     ),
+    "shared": (
+        "shared-7",
+        lambda f: state.least_shared(f, 7, 4),
+        lambda f: state.least_shared(f, 7, 4),
+        "write 0 into it, and this run ends for this node",
+    ),
     "norms": (
         "norms-7.json",
         lambda f: keep_norms(f, 7, 1, MINE),
@@ -107,6 +128,17 @@ def test_a_damaged_file_of_a_client_is_named_with_the_remedy(tmp_path: Path, cas
     (tmp_path / "state" / name).write_bytes(damage)
     with pytest.raises(StateError, match=rf"{name} cannot be read back \(.*\): {remedy}"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("noise", ["1", "null", '[1, 2, "x"]', "[[1], [1]]", "[[1, 2], [1, 2], null]"])
+def test_an_adapter_whose_noise_cannot_be_read_is_named(tmp_path: Path, noise: str) -> None:
+    path = tmp_path / "adapter.safetensors"
+    state.save_state(path, MINE, run=7, round_=1)
+    with safe_open(path, framework="numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata | {"noise": noise})
+    with pytest.raises(StateError, match=r"cannot be read back \(it is damaged\): remove it"):
+        state.load_state(path, MINE, run=7)
 
 
 def test_an_adapter_of_another_rank_is_named(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a federation: simulated here, or on a SuperLink with --superlink",
-        description="Run a federation. Without overrides: four simulated labs, everything encrypted, embedded text.",
+        description="Run a federation. Without overrides: four simulated labs, every update encrypted, embedded text.",
         epilog="Choices are the files in conf/method, model, data, crypto, federation, training and experiment: "
         "method=fedavg, experiment=smoke. Any setting is group.key=value: federation.rounds=4.",
     )

@@ -117,7 +117,9 @@ def handle(
         return report, [update]
     if what == "wish":
         return wish(client, task, received), []
-    return (finish(client, task, received) if what == "evaluate" else alone(client, task.rounds)), []
+    if what == "evaluate":
+        return finish(client, task, received), []
+    return alone(client, client.settings.federation.rounds), []
 
 
 def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         result = lm_train.train(
             client.model,
             client.data.train,
-            replace(training, learning_rate=factor * training.rate(task.round, task.rounds)),
+            replace(training, learning_rate=factor * training.rate(task.round, client.settings.federation.rounds)),
             seed=seed(client, task.round),
             # products and stacks give every client new factors, to which the moments of the old ones mean nothing
             state=None

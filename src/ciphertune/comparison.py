@@ -62,7 +62,7 @@ def is_done(cell: Cell) -> bool:
         read_run(cell.folder)
     except StateError as error:
         raise SettingsError(f"{cell.folder} holds a run that cannot be read back ({error}): {remedy}") from None
-    for key in sorted({*then, *now} - {"overrides", "name", "runs_dir"}):
+    for key in sorted({*then, *now} - {"overrides", "name", "runs_dir", "resume"}):
         if then.get(key) != now.get(key):
             raise SettingsError(
                 f"{cell.folder} holds a run with {key}={then.get(key)!r}, not {now.get(key)!r}: {remedy}"

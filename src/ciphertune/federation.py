@@ -10,7 +10,7 @@ from typing import Any
 
 from ciphertune import wire
 from ciphertune.aggregation import SeparateSum, cut
-from ciphertune.build import make_plan, public_part, session
+from ciphertune.build import make_plan, public_part, round_sum, session
 from ciphertune.errors import (
     CiphertuneError,
     FederationError,
@@ -227,8 +227,7 @@ class Federation:
 
     def open_round(self, round_: int, chosen: Sequence[Member]) -> RoundSum:
         """An empty sum for the round."""
-        kind = SeparateSum if self.session.plan.aggregate == "separate" else ProductSum
-        return kind(self.session, round_, self.total(chosen))
+        return round_sum(self.session, round_, self.total(chosen))
 
     def total(self, chosen: Sequence[Member]) -> int:
         """The denominator of a round's weights."""

@@ -54,14 +54,15 @@ def reply(message: Message, values: Mapping[str, Any], payload: Sequence[bytes] 
 
 
 def failure(message: Message, error: BaseException, name: str, *, show: bool) -> Message:
-    """A reply that says that it did not work: the kind of error always, its text only with `show`.
+    """A reply that says that it did not work: the kind of error always, its text only with `show`; to a greeting, who.
 
     The text of an error may hold a path or a line of private data, so a real node keeps it in its own log. Another key
     is named in any case: the text is two fingerprints, which the server knows, and what to do.
     """
     kind = type(error).__name__
     line = " ".join(str(error).split())[:500] if show or isinstance(error, KeyMismatchError) else ""
-    return reply(message, {"error": kind, "line": line, "name": name, "simulated": show})
+    who = {"name": name, "simulated": show} if message.metadata.message_type == "query.join" else {}
+    return reply(message, {"error": kind, "line": line, **who})
 
 
 class _Joined:

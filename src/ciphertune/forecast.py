@@ -20,8 +20,8 @@ from ciphertune import wire
 from ciphertune.calibration import Calibration
 from ciphertune.columns import basis_ranks
 from ciphertune.crypto.base import blocks_for
-from ciphertune.errors import SettingsError
 from ciphertune.launch import app_folder
+from ciphertune.outputs import writing
 from ciphertune.plan import FACTORS, HeadShape, LayerShape
 from ciphertune.planning import loads, methods_of, settle
 from ciphertune.ranks import Contributor
@@ -164,10 +164,8 @@ def plan(app: Path, words: Sequence[str], *, methods: str | None = None, out: Pa
         "versions": versions(),
     }
     if out is not None:
-        try:
+        with writing(out, "--json"):
             out.write_text(json.dumps({"about": about, "methods": [asdict(f) for f in found]}, indent=2) + "\n")
-        except OSError as error:
-            raise SettingsError(f"--json {out} cannot be written: {error.strerror}") from None
     _print(found, about, refused)
     return 0
 

@@ -47,8 +47,11 @@ class Noise:
     @staticmethod
     def from_json(text: str, rank: int) -> Noise:
         """The inverse of `to_json`. Raises ValueError for that of another rank."""
-        a, b, heads = json.loads(text)
-        found = Noise(np.array(a, np.float64), np.array(b, np.float64), float(heads))
+        try:
+            a, b, heads = json.loads(text)
+            found = Noise(np.array(a, np.float64), np.array(b, np.float64), float(heads))
+        except (TypeError, RecursionError) as error:
+            raise ValueError("no noise of an adapter") from error
         if not found.a.shape == found.b.shape == (rank,):
             raise ValueError("the noise of an adapter of another rank")
         return found

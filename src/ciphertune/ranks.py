@@ -39,12 +39,14 @@ def divisors(plan: Plan, contributors: Sequence[Contributor], total: int, rank: 
     nested: component k is averaged over the clients that have it.  pad: a client without component k counts as zero
     there (HetLoRA, arXiv 2401.06432, section 3.2), so the divisor is the same everywhere. 0 where nobody contributed.
     """
-    ranks = np.array([c.rank for c in contributors])
+    ranks = np.array([c.rank for c in contributors], np.int64)
     weights = np.array([c.samples for c in contributors], np.float64) / total
-    has = ranks[None, :] > np.arange(rank)[:, None]
+    order = np.argsort(ranks, kind="stable")
+    without = np.searchsorted(ranks[order], np.arange(rank), side="right")  # contributors that lack each component
     if plan.fit_rank == "pad":
-        return np.asarray(np.where(has.any(axis=1), weights.sum(), 0.0))
-    return np.asarray(np.where(has, weights[None, :], 0.0).sum(axis=1))
+        return np.where(without < len(ranks), weights.sum(), 0.0)
+    rest = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)  # weight of those from each place on
+    return np.asarray(rest[without])
 
 
 def to_mean(

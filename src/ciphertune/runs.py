@@ -6,13 +6,13 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ciphertune.durable import keep_names, make_folder
 from ciphertune.errors import ResumeError, SettingsError, StateError
 from ciphertune.events import Events
 from ciphertune.federation import Member
@@ -93,6 +93,9 @@ class ServerFolder:
         """One line of rounds.jsonl, and of the log beside it if there is one."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"round": round_, "stage": stage, "node": node, **values}) + "\n")
+            if stage in _LASTING:  # the only record of who is excluded, and of what privacy cost
+                file.flush()
+                os.fsync(file.fileno())
         if self._events:
             self._events.line(round_, stage, node, values)
 
@@ -220,7 +223,7 @@ def _is_line(values: Any) -> bool:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole or not at all. What is written stays, whatever ends the machine after this."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
@@ -231,17 +234,7 @@ def write(path: Path, data: bytes) -> None:
     except OSError:  # a full disk has no room for half a file
         temporary.unlink(missing_ok=True)
         raise
-    _keep_names(path.parent)
-
-
-def _keep_names(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    with suppress(OSError):  # some network file systems have no such call for folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    keep_names(path.parent)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

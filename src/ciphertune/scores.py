@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ciphertune.errors import FormatError, ReportError
+from ciphertune.progress import printable
 from ciphertune.settings import Settings
 
 _METRICS = ("perplexity", "accuracy", "f1")
@@ -34,7 +35,9 @@ def number(value: Any, low: float, high: float) -> float:
     except OverflowError:
         found = math.inf
     if not low <= found <= high:
-        raise ReportError(f"the client reports {str(value)[:40]} where a number from {low:g} to {high:g} is expected")
+        raise ReportError(
+            f"the client reports {printable(str(value))[:40]} where a number from {low:g} to {high:g} is expected"
+        )
     return found
 
 
@@ -115,15 +118,15 @@ _SHARES = ("accuracy", "f1")
 _SHARED = {"both": "A and B", "alternate": "A and B in turns", "b_only": "B alone", "none": "nothing is shared"}
 _HIDDEN = {
     "none": "nothing encrypted",
-    "all": "everything encrypted",
-    "negotiated": "the negotiated columns of A encrypted",
+    "all": "every entry encrypted",
+    "negotiated": "the negotiated columns of A and the heads encrypted",
     "dropped": "some columns of A left out, nothing encrypted",
     "entries": "some entries encrypted",
 }
 
 
 def in_short(settings: Settings) -> str:
-    """The method in one line: sealed: A and B in turns, everything encrypted (ckks_packed)."""
+    """The method in one line: sealed: A and B in turns, every entry encrypted (ckks_packed)."""
     method, backend = settings.method, settings.crypto.backend
     parts = [_SHARED[method.share]]
     if method.share != "none":

@@ -73,7 +73,7 @@ class ModelSettings:
     max_length: int = 128  # tokens
     dtype: str = "auto"  # auto (bfloat16 where the device has it) | float32 | bfloat16
     release: str = "bfloat16"  # bfloat16 | float32: what the finished adapter is rounded to (SECURITY.md says why)
-    attention: str = "auto"  # auto (transformers' choice) | eager | sdpa; short texts on a CPU train faster with eager
+    attention: str = "auto"  # auto (transformers' choice) | eager | sdpa
     quantization: str = "none"  # none | 4bit | 8bit: of the frozen base; needs a CUDA GPU and bitsandbytes
     gradient_checkpointing: bool = False  # less memory for a third more time: compute each block again, backwards
 
@@ -160,7 +160,7 @@ class TrainingSettings:
     steps: int = 20  # optimizer steps per round
     batch_size: int = 8
     accumulation: int = 1  # batches per optimizer step
-    group_by_length: bool = False  # batches of texts of like length: less padding, so less time
+    group_by_length: bool = False  # batches of texts of like length: little padding
     learning_rate: float = 1e-3
     learning_rate_end: float = 0.0  # cosine: of the last round
     schedule: str = "constant"  # constant | cosine: of the learning rate over the rounds

@@ -16,8 +16,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from ciphertune.crypto.private_files import keep_names, read_private, temporary, write_new
+from ciphertune.crypto.private_files import read_private, temporary, write_new
 from ciphertune.crypto.secret import SecretKey
+from ciphertune.durable import keep_names
 from ciphertune.errors import KeyFileError
 
 MAGIC = b"CTKEY\0\0\1"

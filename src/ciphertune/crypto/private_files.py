@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ciphertune.durable import keep_names, make_folder
 from ciphertune.errors import KeyFileError
 
 _MAX_BYTES = 1 << 24
@@ -88,7 +89,7 @@ def temporary(path: Path, data: bytes, mode: int = 0o600) -> Iterator[Path]:
         raise KeyFileError(f"{path} is a folder: give the name of a file in it")
     beside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(path.parent, 0o700)
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -100,13 +101,3 @@ def temporary(path: Path, data: bytes, mode: int = 0o600) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
-
-
-def keep_names(folder: Path) -> None:
-    """Have the names in a folder on the disk for good, as far as its file system can."""
-    with contextlib.suppress(OSError):  # what was written is there all the same
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from ciphertune.errors import DataError
 from ciphertune.lm.formats import Row
+from ciphertune.progress import log_trace
 from ciphertune.settings import DataSettings
 
 _KEY = "key"
@@ -143,7 +142,7 @@ def _one_line(data: DataSettings, clients: int) -> Iterator[None]:
         raise DataError(f'{wanted} needs {error.name}: pip install "ciphertune[hub]"') from None
     except Exception as error:  # the hub, the network, pyarrow, the partitioners: no common base class
         if not isinstance(error, OSError | ValueError | ArithmeticError):
-            logging.getLogger("ciphertune").error("%s", traceback.format_exc())
+            log_trace(error)
         text = (str(error).strip().splitlines() or [""])[0][:200]
         remedy = (
             "raise data.dirichlet_alpha, change data.seed or use fewer clients"

@@ -29,7 +29,6 @@ class TrainResult:
     """What a call of `train` did. Losses are in nats per target token, or per example for classification."""
 
     loss: float  # mean over the steps; NaN or infinite when training diverged
-    samples: int  # size of the training set, the weight of this client in an average
     losses: tuple[float, ...]  # one per step
 
 
@@ -70,7 +69,7 @@ def train(
     model.model.eval()
     if state is not None and _finite(optimizer):  # a step that went to NaN must not spoil the next round
         _store(optimizer, parameters, state)
-    return TrainResult(float(np.mean(losses)), len(data), tuple(losses))
+    return TrainResult(float(np.mean(losses)), tuple(losses))
 
 
 def _step(
@@ -96,21 +95,25 @@ def _step(
 def batches(data: Sequence[Encoded], settings: TrainingSettings, seed: int) -> Iterator[list[int]]:
     """The numbers of the examples in each batch, without end: full batches of one shuffled pass after the other.
 
-    With `group_by_length` every eight batches are divided anew, by length, and shuffled again as whole batches.
+    With `group_by_length` every eight batches of a pass are divided anew, by length, and shuffled as whole batches.
     """
     generator = np.random.default_rng(seed % 2**64)
-    size = settings.batch_size
-    count = _GROUPED if settings.group_by_length else 1
     queue: list[int] = []
     while True:
-        while len(queue) < size * count:
-            queue.extend(generator.permutation(len(data)).tolist())
-        group = queue[: size * count]
-        del queue[: size * count]
-        if settings.group_by_length:
-            group.sort(key=lambda i: len(data[i].input_ids))
-        for k in generator.permutation(count) if count > 1 else (0,):
-            yield group[k * size : (k + 1) * size]
+        while len(queue) < settings.batch_size:
+            rows = generator.permutation(len(data)).tolist()
+            queue.extend(_by_length(rows, data, settings.batch_size, generator) if settings.group_by_length else rows)
+        yield queue[: settings.batch_size]
+        del queue[: settings.batch_size]
+
+
+def _by_length(rows: list[int], data: Sequence[Encoded], size: int, generator: np.random.Generator) -> list[int]:
+    found: list[int] = []
+    for start in range(0, len(rows), _GROUPED * size):
+        group = sorted(rows[start : start + _GROUPED * size], key=lambda i: len(data[i].input_ids))
+        cuts = [group[i : i + size] for i in range(0, len(group), size)]
+        found += [i for k in generator.permutation(len(cuts)) for i in cuts[k]]
+    return found
 
 
 def batch_seed(seed: int, name: str, round_: int) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ciphertune.errors import SettingsError, StateError
+from ciphertune.progress import printable
 from ciphertune.runs import damage, number, read_lines, read_values
 
 
@@ -108,8 +109,9 @@ def score(values: Any, metric: str) -> float | None:
 def _lines(folder: Path, faults: list[str]) -> list[Mapping[str, Any]]:
     try:
         kept, damaged = read_lines(folder)
-    except StateError:
-        kept, damaged = [], []
+    except StateError as error:
+        faults.append(f"{_named(error, folder)}.")
+        return []
     if damaged:
         faults.append(f"rounds.jsonl: {damage(damaged)}.")
     elif not kept and not (folder / "rounds.jsonl").is_file():
@@ -120,6 +122,14 @@ def _lines(folder: Path, faults: list[str]) -> list[Mapping[str, Any]]:
 def _values(path: Path, faults: list[str]) -> dict[str, Any]:
     try:
         return read_values(path)
-    except StateError:
-        faults.append(f"{path.name} is damaged and was left out." if path.is_file() else f"{path.name} is missing.")
+    except StateError as error:
+        if path.is_file():
+            faults.append(f"{_named(error, path.parent)}; it was left out.")
+        else:
+            faults.append(f"{path.name} is missing.")
         return {}
+
+
+def _named(error: Exception, folder: Path) -> str:
+    """The error, without this machine's folders."""
+    return printable(str(error)).replace(f"{folder}/", "")
