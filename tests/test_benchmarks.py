@@ -104,3 +104,26 @@ def test_a_federation_in_one_process_sums_and_counts_what_the_simulation_does(tm
         found, wanted = (load_file(tmp_path / name / path) for name in ("seed-1", "flower"))
         for name, value in wanted.items():
             np.testing.assert_allclose(found[name], value, atol=1e-5)
+
+
+def test_a_claim_of_less_holds_from_the_rate_from_which_on_every_measured_one_keeps_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # it shares a function with another
+    first = runpy.run_path(str(BENCHMARKS / "fedshield.py"))["first_rate"]
+    rows = [{"mask": "own", "rate": r, "bytes": b} for r, b in ((0.0, 50), (0.2, 70), (0.5, 60), (0.9, 10))]
+    assert first(rows, "own", "bytes", 100) == 0.5  # a single dip before does not count
+    assert first(rows, "own", "bytes", 10) is None
+    assert first(rows, "own", "bytes", 1000) == 0.0
+
+
+def test_bytes_of_the_pruned_forms_are_those_that_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    words = ("--hidden", "128", "--layers", "1", "--repeat", "1")
+    found = ran("fedshield.py", tmp_path / "fedshield.json", monkeypatch, *words)
+    rows = {(r["mask"], r["rate"]): r for r in found["rows"]}
+    values = 2 * 32 * (128 + 128)  # query and value, A and B
+    assert 4 * values < rows["plaintext", 0.0]["bytes_up"] < 4 * values + 500
+    assert len({rows["own", r]["bytes_up"] for r in (0.0, 0.2, 0.5, 0.9)}) == 1  # zeros are encrypted too
+    assert rows["agreed", 0.9]["bytes_up"] < rows["agreed", 0.0]["bytes_up"]
+    assert rows["published", None]["ciphertexts"] == 4
