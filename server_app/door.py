@@ -104,7 +104,7 @@ class Door:
 
     def _still_there(self, grid: Grid, hellos: list[Hello]) -> list[Hello]:
         """Those whose nodes are connected; one that comes back is greeted again."""
-        nodes = set(grid.get_node_ids())
+        nodes = set(grid.get_node_ids()) if hellos else set()
         self._seen -= {h.node_id for h in hellos if h.node_id not in nodes}
         return [h for h in hellos if h.node_id in nodes]
 

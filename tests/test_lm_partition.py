@@ -145,7 +145,7 @@ def test_an_error_that_no_data_explains_leaves_its_trace_in_the_log(
     monkeypatch.setattr(datasets.Dataset, "from_dict", changed)
     with pytest.raises(DataError, match=r"\(AttributeError: another version of the library\): check data.partition"):
         divide(rows, replace(JSONL, partition="iid"), client=0, clients=4)
-    assert "in changed" in caplog.text and "Traceback" in caplog.text
+    assert "in changed" in caplog.text
 
 
 def test_the_extra_is_named_when_it_is_missing(rows: list[Row], monkeypatch: pytest.MonkeyPatch) -> None:
