@@ -292,8 +292,8 @@ def run_all(jobs: list[Job], parallel: int, seeds: int, folders: Folders) -> set
         try:
             for done in as_completed(running):
                 cell, row = job = running[done]
-                if isinstance(error := done.exception(), BrokenProcessPool):  # of all: the others are tried again
-                    failed |= {job} if done is next(iter(running)) else set()
+                if isinstance(error := done.exception(), BrokenProcessPool) and done is not next(iter(running)):
+                    progress.console.print(f"{cell}, {row}: lost with another row's process; it is tried again")
                 elif error:
                     failed.add(job)
                     progress.console.print(f"{cell}, {row}: {error!r}; see {folders.of(cell, row)}/log.txt")

@@ -64,13 +64,22 @@ def page() -> str:
         "factor at a time take twice that (`method.rate_factor`). Nothing else was tuned. The metric is the mean over "
         "the clients, each with its own adapter on the common test set, before the adapter is rounded for release; ± "
         "is the standard deviation over the seeds. The learning rates were chosen by the same test sets. Of ranks "
-        "4/8/8/16 the components above the eighth are one client's alone: methods that average A and B apart do not "
+        f"{'/'.join(map(str, RANKS['unequal']))} the components above {sorted(RANKS['unequal'])[-2]} are one client's "
+        "alone: methods that average A and B apart do not "
         "send them (`federation.min_contributors`), those that average products do. `flora` runs in float32: its "
-        "merges would be lost in the rounding of bfloat16. `dp_lora` protects whole clients, of which there are four.",
+        "merges would be lost in the rounding of bfloat16. `dp_lora` protects whole clients, of "
+        f"which there are {len(RANKS['unequal'])}.",
         "",
         f"Settings of the classifiers: {_code(CLASSIFIER)}; of the causal model: {_code(CAUSAL)}; of all but "
         f"FedShield-LLM's setting: {_code(COMMON)}, and a learning rate that falls to a fifth.",
     ]
+    if any(known.values()):
+        lines += [
+            "",
+            "![every method on every set, division and choice of ranks, and its bytes](results.svg)",
+            "",
+            "Marks are means over the seeds, lines their standard deviation, the dotted line the base model.",
+        ]
     for cell in RATES_OF:
         lines += _rates(cell, known.pop(cell))
     for name, cell in known.items():
@@ -94,7 +103,7 @@ def summary() -> list[str]:
     if not known:
         return ["Not run yet."]
     first = next(iter(known))
-    heads = " | ".join(f"{name}: {_metric(rows)[1]}" for name, rows in known.items())
+    heads = " | ".join(f"{name}: {metric_of(rows)[1]}" for name, rows in known.items())
     lines = [
         f"| Dirichlet 0.3, unequal ranks | {heads} | up per round, {first} | encrypted |",
         "|---|" + "---|" * (len(known) + 2),
@@ -102,8 +111,8 @@ def summary() -> list[str]:
     for row in (r for r in ROWS if r in known[first]):
         shown = []
         for rows in known.values():
-            kind = _metric(rows)[0]
-            values = [_value(s["federated"], kind) for s in rows[row]["seeds"].values()] if row in rows else []
+            kind = metric_of(rows)[0]
+            values = [value_of(s["federated"], kind) for s in rows[row]["seeds"].values()] if row in rows else []
             shown.append(_spread(values, kind) if values else "-")
         one = next(iter(known[first][row]["seeds"].values()))
         sizes = f"{one['bytes_up'] / 1e3:,.0f} kB | {one['encrypted_fraction']:.0%}"
@@ -124,7 +133,7 @@ def _rates(cell: str, rows: dict[str, Any]) -> list[str]:
     """How a learning rate was chosen."""
     if not rows:
         return []
-    kind, label = _metric(rows)
+    kind, label = metric_of(rows)
     what = cell.removeprefix("rates-")
     rates = RATES[what]
     lines = ["", f"## The learning rate of the {what}", "", f"| {RATES_OF[cell].replace('-', ', ')}: {label} | "]
@@ -132,7 +141,7 @@ def _rates(cell: str, rows: dict[str, Any]) -> list[str]:
     lines.append("|---|" + "---|" * len(rates))
     for method in dict.fromkeys(name.split()[0] for name in rows):
         found = [rows.get(f"{method} {rate}", {"seeds": {}})["seeds"].values() for rate in rates]
-        values = [[_value(s["federated"], kind) for s in seeds] for seeds in found]
+        values = [[value_of(s["federated"], kind) for s in seeds] for seeds in found]
         lines.append(f"| `{method}` | " + " | ".join(_spread(v, kind) if v else "-" for v in values) + " |")
     known = [m for m in ("fedavg", "sealed") if all(f"{m} {r}" in rows for r in rates)]
     means = {m: {r: _mean(rows[f"{m} {r}"], kind) for r in rates} for m in known}
@@ -144,28 +153,28 @@ def _rates(cell: str, rows: dict[str, Any]) -> list[str]:
     return [*lines, "", f"{alone}. The best mean of both is at {both}; below, all take {RATE[what]}."]
 
 
-def _metric(rows: dict[str, Any]) -> tuple[str, str]:
+def metric_of(rows: dict[str, Any]) -> tuple[str, str]:
     """What a cell is measured by, and how it is shown."""
     known = next(iter(next(iter(rows.values()))["seeds"].values()))["federated"]["metric"]
     return ("accuracy", "accuracy in %") if "accuracy" in known else ("loss", "loss, lower is better")
 
 
 def _mean(row: dict[str, Any], kind: str) -> float:
-    return statistics.fmean(_value(s["federated"], kind) for s in row["seeds"].values())
+    return statistics.fmean(value_of(s["federated"], kind) for s in row["seeds"].values())
 
 
 def _cell(cell: Cell) -> list[str]:
     rows = {name: cell[name] for name in ROWS if name in cell}
-    kind, label = _metric(rows)
+    kind, label = metric_of(rows)
     out = [
         f"| method | {label} | against `fedavg`, same seeds | up per round | down per round | encrypted |",
         "|---|---|---|---|---|---|",
     ]
-    base = [_value(s["base"], kind) for s in next(iter(rows.values()))["seeds"].values()]
+    base = [value_of(s["base"], kind) for s in next(iter(rows.values()))["seeds"].values()]
     out.append(f"| base model | {_spread(base, kind)} | - | - | - | - |")
     for name, row in rows.items():
-        own = {seed: _value(s["federated"], kind) for seed, s in row["seeds"].items()}
-        other = {s: _value(x["federated"], kind) for s, x in rows.get("fedavg", {"seeds": {}})["seeds"].items()}
+        own = {seed: value_of(s["federated"], kind) for seed, s in row["seeds"].items()}
+        other = {s: value_of(x["federated"], kind) for s, x in rows.get("fedavg", {"seeds": {}})["seeds"].items()}
         gaps = [own[s] - other[s] for s in own if s in other]
         against = _spread(gaps, kind, sign=True) if gaps and name != "fedavg" else "-"
         one = next(iter(row["seeds"].values()))
@@ -180,7 +189,7 @@ def _same_bytes(rows: dict[str, Any], kind: str) -> list[str]:
     for name in ("sealed", *(f"{peer}{AT_BYTES}" for peer in PEERS)):
         if name in rows:
             runs = list(rows[name]["seeds"].values())
-            values = [_value(s["federated"], kind) for s in runs]
+            values = [value_of(s["federated"], kind) for s in runs]
             spent = statistics.fmean(s["course"][-1][1] for s in runs) / 1e6
             rounds = runs[0]["course"][-1][0]
             parts.append(
@@ -195,7 +204,7 @@ def _losses(rows: dict[str, Any], kind: str) -> list[str]:
     for own in (n for n in OURS if n in rows):
         for other in (n for n in rows if n not in OURS):
             pairs = [
-                _value(s["federated"], kind) - _value(rows[other]["seeds"][seed]["federated"], kind)
+                value_of(s["federated"], kind) - value_of(rows[other]["seeds"][seed]["federated"], kind)
                 for seed, s in rows[own]["seeds"].items()
                 if seed in rows[other]["seeds"]
             ]
@@ -205,7 +214,8 @@ def _losses(rows: dict[str, Any], kind: str) -> list[str]:
     return ["", f"**Loses** (mean of the pairs above their spread): {'; '.join(found)}."] if found else []
 
 
-def _value(score: dict[str, Any], kind: str) -> float:
+def value_of(score: dict[str, Any], kind: str) -> float:
+    """A score as the tables show it: the loss, or the share in %."""
     return float(score["loss"] if kind == "loss" else 100 * score["metric"][kind])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import privacy_page
 import results_page
+import results_plot
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -278,6 +279,13 @@ def main() -> int:
             status = 1
         else:
             path.write_text(text, encoding="utf-8")
+    figure = ROOT / "docs/results.svg"
+    if not results_plot.is_current(figure):
+        if check:
+            print("docs/results.svg shows other results: run python benchmarks/tables.py", file=sys.stderr)
+            status = 1
+        else:
+            results_plot.plot(figure)
     return status
 
 

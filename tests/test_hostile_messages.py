@@ -21,7 +21,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from grid import DeployedGrid, LocalGrid, Objects, Wire, message_of, objects_of, set_metadata
 from safetensors.numpy import load_file
 
-from ciphertune import exchange, flower
+from ciphertune import client, exchange, flower
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.aggregation import SeparateSum
 from ciphertune.build import public_part
@@ -715,3 +715,20 @@ def test_a_mean_is_held_against_the_clients_own_update_of_that_round_only(tmp_pa
         check_mean(tmp_path, 1, 3, bad, 0.0)
         check_mean(tmp_path, 1, 4, bad, 10.0)  # it sent nothing in that round
         check_mean(tmp_path, 2, 3, bad, 10.0)  # of another run
+
+
+def test_a_server_does_not_decide_how_long_a_client_trains_alone(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    train = client.lm_train.train
+
+    def counted(model: Any, data: Any, settings: Any, **more: Any) -> Any:
+        steps.append(settings.steps)
+        return train(model, data, replace(settings, steps=1), **more)  # of a million it would be a long test
+
+    def longer(message: Message) -> None:
+        values, payload = flower.unpack(message.content)
+        message.content = flower.pack({**values, "rounds": 10**6}, payload)
+
+    monkeypatch.setattr(client.lm_train, "train", counted)
+    lab("method=fedavg federation.compare_local=true", outgoing=("train.alone", longer))
+    assert steps[-4:] == [2 * 2] * 4  # steps of a round, rounds

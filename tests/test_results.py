@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import CONF, ROOT
+from matplotlib.axes import Axes
 
 from ciphertune.comparison import shown
 from ciphertune.settings import compose
@@ -16,6 +18,7 @@ from ciphertune.settings import compose
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import results
 import results_page
+import results_plot
 
 CELL = "sst2-dirichlet-unequal"
 
@@ -149,3 +152,26 @@ def test_instructions_get_the_commonest_first_words_as_kinds() -> None:
     lines = [{"input": f"what {k}"} for k in range(12)] + [{"input": w} for w in "abcdefghijklm"] + [{"input": ""}]
     kinds = [line["kind"] for line in results.with_kinds(lines)]
     assert kinds[:12] == ["what"] * 12 and kinds[-1] == "other" and len(set(kinds)) == 11
+
+
+def test_the_figure_is_out_of_date_as_soon_as_a_result_changes(tmp_path: Path) -> None:
+    path = tmp_path / "results.svg"
+    assert not results_plot.is_current(path)
+    keep(CELL, fedavg=[0.5, 0.7], sealed=[0.8])
+    results_plot.plot(path)
+    assert results_plot.is_current(path)
+    keep(CELL, sealed=[0.81])
+    assert not results_plot.is_current(path)
+
+
+def test_the_figure_draws_the_mean_and_spread_of_every_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn = []
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda axis, x, y, **more: drawn.append((x, more["xerr"])) or errorbar(axis, x, y, **more)
+    )
+    keep(CELL, fedavg=[0.5, 0.7], sealed=[0.8])
+    results_plot.plot(tmp_path / "results.svg")
+    [(means, spreads)] = [found for found in drawn if found[0]]
+    assert means == pytest.approx([60.0, 80.0])
+    assert spreads == pytest.approx([np.std([50, 70], ddof=1), 0.0])

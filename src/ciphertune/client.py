@@ -119,7 +119,7 @@ def handle(
         return wish(client, task, received), []
     if what == "evaluate":
         return finish(client, task, received), []
-    return alone(client, client.settings.federation.rounds), []
+    return alone(client), []
 
 
 def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
@@ -204,11 +204,11 @@ def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, A
     return report | {"seconds": client.seconds}
 
 
-def alone(client: Client, rounds: int) -> dict[str, Any]:
+def alone(client: Client) -> dict[str, Any]:
     """The same number of steps from the same start without the others: what joining must beat. Nothing is kept."""
-    progress = Progress(client.node.name, "alone")
+    progress, training = Progress(client.node.name, "alone"), client.settings.training
     with client.timed("train"):
-        training = replace(client.settings.training, steps=client.settings.training.steps * rounds)
+        training = replace(training, steps=training.steps * client.settings.federation.rounds)
         client.model.freeze("")
         lm_train.train(client.model, client.data.train, training, seed=seed(client, 0), progress=progress)
     return _evaluate(client) | {"seconds": client.seconds}
