@@ -65,9 +65,9 @@ def page() -> str:
         "the clients, each with its own adapter on the common test set, before the adapter is rounded for release; ± "
         "is the standard deviation over the seeds. The learning rates were chosen by the same test sets. Of ranks "
         f"{'/'.join(map(str, RANKS['unequal']))} the components above {sorted(RANKS['unequal'])[-2]} are one client's "
-        "alone: methods that average A and B apart do not "
-        "send them (`federation.min_contributors`), those that average products do. `flora` runs in float32: its "
-        "merges would be lost in the rounding of bfloat16. `dp_lora` protects whole clients, of "
+        "alone: methods that average A and B apart neither "
+        "train nor send them (`federation.min_contributors`), those that average products do. `flora` runs in float32: "
+        "its merges would be lost in the rounding of bfloat16. `dp_lora` protects whole clients, of "
         f"which there are {len(RANKS['unequal'])}.",
         "",
         f"Settings of the classifiers: {_code(CLASSIFIER)}; of the causal model: {_code(CAUSAL)}; of all but "

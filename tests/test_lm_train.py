@@ -101,6 +101,37 @@ def test_a_frozen_factor_does_not_change_and_the_other_does(model: LoraModel, fa
         assert not np.array_equal(getattr(factors, other), getattr(before.layers[name], other))
 
 
+@pytest.mark.parametrize("factor", ["", "a", "b"])
+def test_components_at_rest_stay_as_they_are_and_the_others_train_as_if_they_were_alone(
+    settings: ModelSettings, factor: str, tmp_path: Path
+) -> None:
+    """With B = 0 at rest a model of rank 4 is one of rank 2, which is trained beside it."""
+    whole, half = (load(settings, rank=rank, device="cpu") for rank in (4, 2))
+    decaying, initial = replace(FAST, weight_decay=0.1), whole.read()
+    for model, folder in ((whole, tmp_path / "whole"), (half, tmp_path / "half")):
+        for seed, frozen in enumerate(("", factor)):
+            model.freeze(frozen, 2)
+            train(model, sentences(model), decaying, seed=seed, state=folder)
+    for name, factors in whole.read().layers.items():
+        other = half.read().layers[name]
+        np.testing.assert_allclose(factors.a[:2], other.a, atol=1e-4)
+        np.testing.assert_allclose(factors.b[:, :2], other.b, atol=1e-4)
+        assert np.array_equal(factors.a[2:], initial.layers[name].a[2:]) and not factors.b[:, 2:].any()
+        assert (factors.b[:, :2] != 0).all()
+
+
+def test_components_with_moments_of_their_own_do_not_move_while_they_rest(model: LoraModel, tmp_path: Path) -> None:
+    decaying = replace(FAST, weight_decay=0.1)
+    train(model, sentences(model), decaying, seed=0, state=tmp_path / "state")  # all train
+    before = model.read()
+    model.freeze("", 1)
+    train(model, sentences(model), decaying, seed=1, state=tmp_path / "state")
+    for name, factors in model.read().layers.items():
+        old = before.layers[name]
+        assert np.array_equal(factors.a[1:], old.a[1:]) and np.array_equal(factors.b[:, 1:], old.b[:, 1:])
+        assert (factors.a[0] != old.a[0]).any() and (factors.b[:, 0] != old.b[:, 0]).any()
+
+
 def test_the_same_seed_gives_the_same_adapter(settings: ModelSettings) -> None:
     results = []
     for seed in (3, 3, 4):

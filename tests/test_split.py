@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ciphertune.adapter import Adapter, LoraFactors
 from ciphertune.errors import PlanMismatchError
 from ciphertune.plan import HeadShape, LayerShape, Plan
-from ciphertune.split import component_size, head_size, join, keep_own, pack, segments
+from ciphertune.split import component_size, head_size, join, pack, segments
 from tests.oracle import adapter_of, blank, plan_of
 
 FACTORS = st.sampled_from([("a",), ("b",), ("a", "b")])
@@ -205,14 +205,3 @@ def test_segments_end_at_tiers_and_what_lies_above_the_last_one_reached_does_not
     ends = np.cumsum(segments(plan, ("b",), plan.shared(rank))) - head_size(plan)
     assert ends.tolist() == [t * component for t in reached]
     assert plan.shared(rank) == reached[-1]
-
-
-def test_what_a_client_has_alone_is_taken_from_its_own_training_and_the_rest_from_the_base() -> None:
-    plan = plan_of()
-    base, trained = adapter_of(plan, 4, 0), adapter_of(plan, 4, 1)
-    kept = keep_own(base, trained, 3)
-    for name, factors in kept.layers.items():
-        old, new = base.layers[name], trained.layers[name]
-        assert np.array_equal(factors.a, np.vstack([old.a[:3], new.a[3:]]))
-        assert np.array_equal(factors.b, np.hstack([old.b[:, :3], new.b[:, 3:]]))
-    assert_same(keep_own(base, trained, 4), base)

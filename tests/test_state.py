@@ -92,12 +92,6 @@ KEPT: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], s
         lambda f: state.load_state(f / "state/adapter.safetensors", MINE, run=7),
         "remove it, and the server sends what is missing",
     ),
-    "shared": (
-        "shared-7",
-        lambda f: state.least_shared(f, 7, 4),
-        lambda f: state.least_shared(f, 7, 4),
-        "write 0 into it, and this run ends for this node",
-    ),
     "norms": (
         "norms-7.json",
         lambda f: keep_norms(f, 7, 1, MINE),

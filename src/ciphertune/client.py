@@ -32,11 +32,10 @@ from ciphertune.node import NodeSettings
 from ciphertune.noise import Noise, after, released
 from ciphertune.norms import check_mean, keep_norms
 from ciphertune.plan import Plan
-from ciphertune.progress import Progress
+from ciphertune.progress import Progress, note
 from ciphertune.ranks import norm_weight
 from ciphertune.release import protected
 from ciphertune.settings import Settings
-from ciphertune.split import keep_own
 from ciphertune.state import begin_round, load_state, record, rewind, save_state
 from ciphertune.task import Task, Terms, parse_task
 
@@ -141,7 +140,7 @@ def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any
 def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[bytes, dict[str, Any]]:
     """Take the last means, measure them, train, seal. Returns the update and the report of plain values."""
     initial = client.model.read()
-    adapter, at, noise = _catch_up(client, task, received)
+    adapter, _ = _catch_up(client, task, received)
     client.model.write(adapter)
     report = _evaluate(client) if client.settings.federation.evaluates(task.round) else {}
     plan = client.plan(task.terms)
@@ -150,7 +149,11 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         codes = exchange.codes_of(link, client.secret)
         wishes.tell_coverage(client.node, client.run, plan, client.budget, codes)
     factors = plan.factors(task.round)
-    client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b")
+    shared = adapter.rank if plan.share == "none" else plan.shared(adapter.rank)
+    client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b", shared)
+    if shared < adapter.rank and task.round == 0:
+        few = f"too few clients have more than {shared} components for a mean of theirs to be released"
+        note(client.node.name, f"trains the first {shared} components of its {adapter.rank}: {few}")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
     training, factor = client.settings.training, client.settings.method.rate_factor
     begin_round(client.node.folder, client.run, task.round)
@@ -185,15 +188,12 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     keep_norms(client.node.folder, client.run, task.round, update)
     if plan.share == "none":
         save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
-    elif plan.shared(adapter.rank) < adapter.rank:
-        own = keep_own(adapter, trained, plan.shared(adapter.rank))
-        save_state(client.node.folder / _STATE, own, run=client.run, round_=at, noise=noise)
     return data, report | {"train_loss": result.loss, "seconds": client.seconds}
 
 
 def finish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
     """Take the last mean, measure it, and leave it, rounded, as a PEFT folder."""
-    mean, _, noise = _catch_up(client, task, received)
+    mean, noise = _catch_up(client, task, received)
     client.model.write(mean)
     report = _evaluate(client)
     with client.timed("save"):
@@ -219,8 +219,8 @@ def seed(client: Client, round_: int) -> int:
     return lm_train.batch_seed(client.settings.seed, client.node.name, round_)
 
 
-def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, int, Noise]:
-    """This node's adapter after the aggregates that came along, the last one's round, and the noise in it.
+def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Adapter, Noise]:
+    """This node's adapter after the aggregates that came along, and the noise in it.
 
     Raises PlanMismatchError when earlier ones are missing.
     """
@@ -252,7 +252,7 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
         save_state(path, adapter, run=client.run, round_=at, noise=noise)
         if client.settings.record_updates:
             record(client.node.folder / f"round_{at:04d}" / "received.safetensors", adapter)
-    return adapter, at, noise
+    return adapter, noise
 
 
 def _evaluate(client: Client) -> dict[str, Any]:

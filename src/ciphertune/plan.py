@@ -149,8 +149,9 @@ class Plan:
     def shared(self, rank: int) -> int:
         """How many components a client of `rank` shares: the largest tier it reaches, 0 when it reaches none.
 
-        What it has above that stays its own: too few clients have as many for an aggregate to be released. A product
-        mixes the components of all clients, so every component takes part in it.
+        What it has above that does not train: too few clients have as many for an aggregate to be released, and what
+        it alone learned there would be missing in what the others get. A product mixes the components of all clients,
+        so every component takes part in it.
         """
         if self.aggregate != "separate":
             return rank

@@ -10,7 +10,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.errors import PlanMismatchError
 from ciphertune.privacy import epsilon, noise_multiplier, protect
 from ciphertune.progress import note
-from ciphertune.state import count_release, least_shared, load_state, save_state
+from ciphertune.state import count_release, load_state, save_state
 from ciphertune.task import Task
 
 if TYPE_CHECKING:
@@ -21,17 +21,12 @@ def protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) ->
     """What this client sends of what it trained: clipped and noised where the method says so.
 
     Asked for a round again, it sends the release that it made the first time: a second one would cost privacy again.
-    Raises PlanMismatchError when it has sent as many updates as the noise was made for, whatever the server asks, and
-    when it is asked for components that it kept to itself so far.
+    Raises PlanMismatchError when it has sent as many updates as the noise was made for, whatever the server asks.
     """
     method, rounds = client.settings.method, client.settings.federation.rounds
     if method.noise == "none":
         return trained
     plan = client.plan(task.terms)
-    if plan.shared(adapter.rank) > (least := least_shared(client.node.folder, client.run, plan.shared(adapter.rank))):
-        raise PlanMismatchError(
-            f"the server asks for components above the {least} that this client shares: they were trained without noise"
-        )
     path = client.node.folder / "state" / "released.safetensors"
     earlier, at, _ = load_state(path, trained, run=client.run)
     if at == task.round:

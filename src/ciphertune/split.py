@@ -107,17 +107,6 @@ def join_heads(packed: Vector, plan: Plan, base: Adapter) -> dict[str, FloatArra
     return heads
 
 
-def keep_own(base: Adapter, trained: Adapter, shared: int) -> Adapter:
-    """`base` with the components from `shared` on taken from `trained`: what no other client may have stays trained."""
-    layers = {}
-    for name, old in base.layers.items():
-        new = trained.layers[name]
-        a = np.concatenate([old.a[:shared], new.a[shared:]])
-        b = np.concatenate([old.b[:, :shared], new.b[:, shared:]], axis=1)
-        layers[name] = LoraFactors(a, b, old.scale)
-    return Adapter(layers, base.heads)
-
-
 def cut(packed: Vector, sizes: tuple[int, ...]) -> tuple[Vector, ...]:
     """`packed`, (count,), in pieces of the given sizes, as views; what lies beyond their sum is left out."""
     ends = list(accumulate(sizes, initial=0))

@@ -38,22 +38,6 @@ def count_release(folder: Path, run: int) -> int:
     return int(sent) + 1
 
 
-def least_shared(folder: Path, run: int, shared: int) -> int:
-    """The fewest components that this node shared in any round of this run, this one with `shared` of them included.
-
-    Raises StateError where the number cannot be read back.
-    """
-    path = folder / "state" / f"shared-{run:x}"
-    least = path.read_bytes() if path.is_file() else str(shared).encode()
-    if not least.isdigit():
-        raise StateError(
-            f"{path} cannot be read back (it is damaged): write 0 into it, and this run ends for this node"
-        )
-    if shared < int(least) or not path.is_file():
-        write(path, str(shared).encode())
-    return min(shared, int(least))
-
-
 def identity(folder: Path, run: int) -> str:
     """A random number that this node keeps for a run, and tells the server alone: nobody else can come by its name.
 

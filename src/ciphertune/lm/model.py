@@ -44,6 +44,7 @@ class LoraModel:
     rank: int
     scale: float  # alpha / rank; common to all clients unless model.scaling=own
     frozen: str = ""  # the factor that does not train now
+    components: int = 0  # of each layer, that train now; see `freeze`
 
     def read(self) -> Adapter:
         """The adapter as float32 copies: a (r, n), b (m, r) per layer, named by module path; heads by parameter."""
@@ -97,19 +98,29 @@ class LoraModel:
                 values = torch.from_numpy(change.T if isinstance(base, Conv1D) else change)
                 base.weight.add_(values.to(base.weight))
 
-    def freeze(self, factor: str) -> None:
+    def freeze(self, factor: str, components: int | None = None) -> None:
         """Train everything but LoRA factor "a" or "b" from now on; "" freezes neither. Heads always train.
 
+        components: of each layer, the first ones alone train (default: all).
         Raises ValueError for any other factor.
         """
         if factor not in ("", "a", "b"):
             raise ValueError(f"factor {factor!r}: want 'a', 'b' or ''")
-        self.frozen = factor
+        self.frozen, self.components = factor, self.rank if components is None else components
         for _, layer in self._layers():
             layer.lora_A[_NAME].weight.requires_grad_(factor != "a")
             layer.lora_B[_NAME].weight.requires_grad_(factor != "b")
         for _, parameter in self._heads():
             parameter.requires_grad_(True)
+
+    def resting(self) -> list[tuple[nn.Parameter, tuple[slice, ...]]]:
+        """The parts of the adapter's trainable parameters that do not train: the components after the first ones."""
+        if self.components >= self.rank:
+            return []
+        rest = slice(self.components, None)
+        both = (("lora_A", (rest,)), ("lora_B", (slice(None), rest)))
+        found = [(getattr(layer, name)[_NAME].weight, part) for _, layer in self._layers() for name, part in both]
+        return [(weight, part) for weight, part in found if weight.requires_grad]
 
     def save(self, folder: Path) -> None:
         """Write a PEFT folder that ``PeftModel.from_pretrained(base, folder)`` loads with the same outputs."""
@@ -194,7 +205,7 @@ def adapt(
         # not PEFT's prepare_model_for_kbit_training: it would make all that is not quantized float32
         peft = get_peft_model(base, config)
     autocast = pick_autocast(settings.dtype, base.device)
-    model = LoraModel(peft, tokenizer, base.device, autocast, settings.task, rank, scale)
+    model = LoraModel(peft, tokenizer, base.device, autocast, settings.task, rank, scale, components=rank)
     for parameter in model.trainable().values():
         parameter.data = parameter.data.to(base.device, torch.float32)
     model.write(_initial(model.read(), seed))

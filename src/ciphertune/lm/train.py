@@ -50,7 +50,7 @@ def train(
     if not data:
         raise DataError("there is no training example: check the data settings of this client")
     use_threads(model, settings)
-    model.freeze(model.frozen)  # PEFT's disable_adapter() leaves every factor trainable
+    model.freeze(model.frozen, model.components)  # PEFT's disable_adapter() leaves every factor trainable
     parameters = model.trainable()
     optimizer = _optimizer(parameters, settings)
     if state is not None and state.is_file():
@@ -86,8 +86,16 @@ def _step(
         summed, _ = loss_sum(model, collate(examples, model))
         (summed / targets).backward()  # type: ignore[no-untyped-call]
         total += float(summed.detach())
+    resting = model.resting()
+    before = [parameter.detach()[part].clone() for parameter, part in resting]
+    for parameter, part in resting:
+        if parameter.grad is not None:
+            parameter.grad[part] = 0.0  # the others' norm is clipped as if these were not there
     nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
     optimizer.step()
+    with torch.no_grad():
+        for (parameter, part), values in zip(resting, before, strict=True):
+            parameter[part] = values  # neither decay nor earlier moments move them
     optimizer.zero_grad(set_to_none=True)
     return total / targets
 
