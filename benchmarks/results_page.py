@@ -65,8 +65,9 @@ def page() -> str:
         "the clients, each with its own adapter on the common test set, before the adapter is rounded for release; ± "
         "is the standard deviation over the seeds. The learning rates were chosen by the same test sets. Of ranks "
         f"{'/'.join(map(str, RANKS['unequal']))} the components above {sorted(RANKS['unequal'])[-2]} are one client's "
-        "alone: methods that average A and B apart neither "
-        "train nor send them (`federation.min_contributors`), those that average products do. `flora` runs in float32: "
+        "alone: methods that average A and B apart neither train nor send them (`federation.min_contributors`); their "
+        "clients, but for those of `hetlora`, all hold the others, and each trains its own first ones. Under methods "
+        "that average products every client trains all of its rank and refits the sum to it. `flora` runs in float32: "
         "its merges would be lost in the rounding of bfloat16. `dp_lora` protects whole clients, of "
         f"which there are {len(RANKS['unequal'])}.",
         "",
@@ -149,8 +150,11 @@ def _rates(cell: str, rows: dict[str, Any]) -> list[str]:
     if not known:
         return lines
     alone = "; ".join(f"`{m}` alone is best at {best(found, key=found.__getitem__)}" for m, found in means.items())
-    both = best(rates, key=lambda r: sum(found[r] for found in means.values()))
-    return [*lines, "", f"{alone}. The best mean of both is at {both}; below, all take {RATE[what]}."]
+    of_both = {r: statistics.fmean(found[r] for found in means.values()) for r in rates}
+    both = best(rates, key=of_both.__getitem__)
+    gap = abs(of_both[both] - of_both[RATE[what]])
+    taken = f"{RATE[what]}, which is worse by {_spread([gap], kind)}" if gap else RATE[what]
+    return [*lines, "", f"{alone}. The best mean of both is at {both}; below, all take {taken}."]
 
 
 def metric_of(rows: dict[str, Any]) -> tuple[str, str]:

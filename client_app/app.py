@@ -48,7 +48,8 @@ def answer(message: Message, context: Context, what: str) -> Message:
         run = _run(values, settings, context.run_id)
         from ciphertune import client  # torch and transformers only once they are needed
 
-        report, update = client.handle(what, client.open_client(settings, node, run), values, payload)
+        task = client.task_of(what, values)
+        report, update = client.handle(what, client.open_client(settings, node, run, task), task, payload)
         return flower.reply(message, report, update)
     except CiphertuneError as error:
         if not simulated:  # there the server shows it

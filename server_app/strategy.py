@@ -258,6 +258,7 @@ class EncryptedLora(Strategy):
             "rounds": self.settings.federation.rounds,
             "sender": member.number,
             "total": total,
+            "shares": self.federation.shares(self._chosen),
             "terms": terms,
             "base": member.have,
             "aggregates": [[m.round, m.rank, distinct.index(link.plan)] for m, link in aggregates],

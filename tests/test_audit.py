@@ -27,6 +27,7 @@ from ciphertune.lm import model as lm_model
 from ciphertune.lm import train as lm_train
 
 RECORDED = "record_server_view=true record_updates=true model.targets=[q_proj,v_proj] "
+EQUAL = "federation.clients='[{rank:4},{rank:4},{rank:4},{rank:4}]'"
 PRODUCT = "model.targets=[q_proj,v_proj] crypto.bound=16"
 
 
@@ -171,7 +172,7 @@ def test_one_clear_tensor_fails_the_audit_of_a_method_that_encrypts_everything(
 ) -> None:
     _one_clear_tensor(monkeypatch)
     monkeypatch.setattr(pruning, "unite", lambda clear, secret, *_: (np.concatenate([clear, *secret]), None))
-    run = lab(f"method=sealed {RECORDED} federation.rounds=1")
+    run = lab(f"method=sealed {RECORDED} federation.rounds=1 {EQUAL}")
     assert cli.main(["audit", str(run)]) == 1
     assert "the settings say that everything is encrypted" in capsys.readouterr().out
     found = json.loads((run / "audit.json").read_text())

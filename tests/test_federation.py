@@ -165,7 +165,7 @@ def test_a_client_that_was_away_is_sent_the_newest_value_of_every_factor_and_com
     federation = settled(hello("low", 2), hello("high", 8), hello("stayed", 8))
     session, secret = federation.session, ClearSecret(ClearPublic("float64"), 1e9)
     low, high, stayed = federation.members
-    states = {m.name: _adapter(m.hello.rank, 0.0) for m in federation.members}
+    states = {m.name: _adapter(8, 0.0) for m in federation.members}
 
     def bring_up(member: Any) -> None:
         for message, link in federation.catch_up(member):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONF
 from federations import Lab, rounds, said, summary
 from flwr.app import ArrayRecord, Message
 from grid import simulated
@@ -19,10 +18,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
-from ciphertune import flower
+from ciphertune import client, flower
+from ciphertune.adapter import Adapter
 from ciphertune.client import Client
 from ciphertune.lm import model as lm_model
-from ciphertune.settings import compose
+from ciphertune.ranks import damped
 
 METHODS = ("sealed", "full_he", "fedavg")
 
@@ -100,13 +100,20 @@ def test_the_released_adapter_is_the_mean_rounded_to_bfloat16_unless_asked_other
         assert any((mean[key] != mean[key].bfloat16().float()).any() for key in mean)
 
 
-def test_clients_of_one_rank_end_with_the_same_adapter_and_lower_ranks_with_its_beginning(lab: Lab) -> None:
+def test_clients_of_all_ranks_end_with_the_same_adapter(lab: Lab) -> None:
     run = lab("method=sealed federation.rounds=3")
+    first, *others = (load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in range(4))
+    assert {v.shape[0] for n, v in first.items() if n.endswith(".a")} == {8}
+    assert all(np.array_equal(other[name], first[name]) for other in others for name in first)
+
+
+def test_padded_clients_hold_the_beginning_of_the_others_adapter(lab: Lab) -> None:
+    run = lab("method=hetlora federation.rounds=3")
     low, _, high, twin = (load_file(run / "clients" / f"client-{k}/state/adapter.safetensors") for k in range(4))
     assert all(np.array_equal(high[k], twin[k]) for k in high)
-    for name in low:
+    for name in (n for n in low if n.endswith((".a", ".b"))):
         first = high[name][:2] if name.endswith(".a") else high[name][:, :2]
-        assert np.array_equal(low[name], first)
+        assert low[name].shape == first.shape and np.array_equal(low[name], first)
 
 
 def test_what_a_client_receives_is_the_weighted_mean_of_what_the_clients_sent(lab: Lab) -> None:
@@ -175,13 +182,11 @@ def _tampered(node: int, round_: int, change: Any) -> Any:
 def test_an_update_that_is_not_finite_leaves_that_client_out_and_the_round_goes_on(
     lab: Lab, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ciphertune.lm import model as lm_model
-
     original, calls = lm_model.LoraModel.read, {"n": 0}
 
     def read(self: lm_model.LoraModel) -> Any:
         adapter = original(self)
-        if self.rank == 4 and self.frozen == "a":  # client-1 in round 0, after training
+        if self.components == 4 and self.frozen == "a":  # client-1 in round 0, after training
             calls["n"] += 1
             next(iter(adapter.layers.values())).b[:] = np.nan
         return adapter
@@ -351,29 +356,44 @@ def test_a_fraction_of_the_clients_is_asked_and_the_others_catch_up(lab: Lab) ->
     assert all(np.array_equal(high[n], twin[n]) for n in high)
 
 
+@pytest.mark.parametrize("method", ["sealed", "fedavg", "rolora"])
+def test_at_unequal_ranks_the_mean_is_that_of_the_whole_adapters_of_all(
+    lab: Lab, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every client trains its own components within the one adapter that all hold."""
+    trained: list[tuple[int, Adapter]] = []
+
+    def seen(update: Adapter, base: Adapter, *more: Any) -> Adapter:
+        trained.append((update.rank, update.over(base)))
+        return damped(update, base, *more)
+
+    monkeypatch.setattr(client, "damped", seen)
+    run = lab(f"method={method} federation.rounds=3 record_updates=true")
+    sizes = [r["samples"] for r in rounds(run) if r["stage"] == "update" and r["round"] == 0]
+    for round_ in range(2):
+        whole = trained[4 * round_ : 4 * round_ + 4]
+        assert sorted(rank for rank, _ in whole) == [2, 4, 8, 8] and {a.rank for _, a in whole} == {8}
+        for node in range(4):
+            mean = load_file(run / f"clients/client-{node}/round_{round_:04d}/received.safetensors")
+            for name in whole[0][1].layers:
+                for factor in "ab":
+                    values = [getattr(a.layers[name], factor).astype(np.float64) for _, a in whole]
+                    wanted = np.average(values, axis=0, weights=sizes)
+                    np.testing.assert_allclose(mean[f"{name}.{factor}"], wanted, atol=1e-5)
+
+
 def test_components_that_only_one_client_has_do_not_train_and_are_not_sent(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What it alone learned there would be missing in what the others get (docs/results.md: unequal ranks)."""
     ranks = "federation.clients=[{rank:4},{rank:8},{rank:8},{rank:16}]"
-    words = f"method=sealed federation.rounds=4 model.release=float32 '{ranks}'"
-    run = lab(words)
+    run = lab(f"method=sealed federation.rounds=4 '{ranks}'")
     sent = {r["node"]: r["bytes_up"] for r in rounds(run) if r["stage"] == "update" and r["round"] == 0}
     assert sent["client-3"] == sent["client-2"] > sent["client-0"]
-    own = load_file(run / "clients/client-3/state/adapter.safetensors")
-    other = load_file(run / "clients/client-2/state/adapter.safetensors")
     saved = load_file(run / "clients/client-3/adapter/adapter_model.safetensors")
-    settings = compose(CONF, f"{lab.base} {words}")
-    fresh = lm_model.load(settings.model, rank=16, device="cpu", seed=settings.seed).read()
-    for name, initial in fresh.layers.items():
-        assert np.array_equal(own[f"{name}.b"][:, :8], other[f"{name}.b"])
-        assert np.array_equal(own[f"{name}.a"][:8], other[f"{name}.a"])
-        assert (own[f"{name}.a"][:8] != initial.a[:8]).any(axis=1).all()
-        assert np.array_equal(own[f"{name}.a"][8:], initial.a[8:])
-        assert not own[f"{name}.b"][:, 8:].any()
-        for part, factor in (("lora_A", "a"), ("lora_B", "b")):
-            (key,) = (k for k in saved if f"{name}.{part}" in k)
-            assert np.array_equal(saved[key], own[f"{name}.{factor}"])
+    other = load_file(run / "clients/client-2/adapter/adapter_model.safetensors")
+    assert {v.shape[0] for n, v in saved.items() if "lora_A" in n} == {8}
+    assert all(np.array_equal(saved[name], other[name]) for name in other)
     assert said(capsys).count("client-3: trains the first 8 components of its 16: too few clients have more") == 1
 
 
@@ -405,7 +425,7 @@ def test_one_step_that_goes_to_nan_does_not_exclude_the_client_from_later_rounds
 
     def loss_sum(model: Any, batch: Any) -> Any:
         summed, logits = original(model, batch)
-        if model.rank == 4 and model.model.training and state["left"]:
+        if model.components == 4 and model.model.training and state["left"]:
             state["left"] -= 1
             summed = summed * float("nan")
         return summed, logits

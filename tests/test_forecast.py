@@ -215,10 +215,11 @@ def exchanged(settings: Any, heads: tuple[HeadShape, ...], round_: int) -> list[
         ups.append(len(data))
     whole = sum_.release(settings.federation.min_contributors)
     for k, who in enumerate(people):
-        message = cut(whole, link, who.rank)
+        held = link.plan.held(who.rank)
+        message = cut(whole, link, held)
         data = wire.encode(message, link)
         encrypted.append(0)
-        exchange.unseal(data, link, part, round_=round_, rank=message.rank, base=mine[k])
+        exchange.unseal(data, link, part, round_=round_, rank=message.rank, base=synthetic(link.plan, held, k))
         clear = not part.public.encrypts
         found.append((ups[k], len(data), *((0, 0) if clear else (encrypted[k], encrypted[-1]))))
     return found
@@ -279,7 +280,8 @@ def test_a_forecast_is_the_mean_over_clients_and_rounds(calibration: Calibration
     assert found.bytes_up == pytest.approx(np.mean([x.up for one in by_round for x in one]))
     assert found.bytes_down == pytest.approx(np.mean([x.down for one in by_round for x in one]))
     assert found.ciphertexts_up == pytest.approx(np.mean([x.ciphertexts_up for one in by_round for x in one]))
-    both = 8 * sum(rank * sum(x.m + x.n for x in LAYERS) for rank in (2, 4, 8, 8))  # up and down, in float32
+    # in float32: up what a client trains, down what all hold
+    both = 4 * sum((rank + 8) * sum(x.m + x.n for x in LAYERS) for rank in (2, 4, 8, 8))
     assert found.over_plaintext == pytest.approx(sum(x.up + x.down for one in by_round for x in one) / 3 / both)
     alone = of(calibration, words, LAYERS, rounds=(1,))
     assert alone.bytes_up == pytest.approx(np.mean([x.up for x in by_round[1]]))

@@ -732,3 +732,16 @@ def test_a_server_does_not_decide_how_long_a_client_trains_alone(lab: Lab, monke
     monkeypatch.setattr(client.lm_train, "train", counted)
     lab("method=fedavg federation.compare_local=true", outgoing=("train.alone", longer))
     assert steps[-4:] == [2 * 2] * 4  # steps of a round, rounds
+
+
+def test_a_server_does_not_decide_how_many_components_a_client_holds(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wide(message: Message) -> None:
+        values, payload = flower.unpack(message.content)
+        values["terms"] = [{**terms, "tiers": [*terms["tiers"][:-1], 100]} for terms in values["terms"]]
+        message.content = flower.pack(values, payload)
+
+    with pytest.raises(FederationError, match="0 usable updates"):
+        lab("method=sealed", outgoing=("train", wide))
+    assert "the server wants this client to hold 100 components, 64 at most are expected" in said(capsys)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ciphertune.adapter import Adapter
 from ciphertune.errors import FormatError
 from ciphertune.plan import HeadShape, LayerShape, Plan
-from ciphertune.ranks import Contributor, divisors, to_mean
-from ciphertune.split import pack
+from ciphertune.ranks import Contributor, damped, divisors, to_mean
+from ciphertune.split import join, pack
 from tests.oracle import adapter_of, mean_factor, mean_head, plan_of
 
 # ranks 2, 4 and 8 with 10, 30 and 60 of 100 samples
@@ -88,6 +89,50 @@ def test_mean_of_weighted_sums_is_the_oracles(
         for layer in plan.layers:
             expected += [mean_factor(clients, samples, layer.name, f, fit_rank)[k] for f in factors]
     assert mean == pytest.approx(np.concatenate(expected), rel=1e-12, abs=1e-13)
+
+
+def _whole(trained: Adapter, base: Adapter) -> dict[str, dict[str, np.ndarray]]:
+    """By hand: a client's components, and what it holds beyond them."""
+    found = {}
+    for name, f in trained.layers.items():
+        a, b = base.layers[name].a.copy(), base.layers[name].b.copy()
+        a[: f.rank], b[:, : f.rank] = f.a, f.b
+        found[name] = {"a": a, "b": b}
+    return found
+
+
+@given(
+    people=st.lists(st.tuples(st.sampled_from([2, 4, 8]), st.integers(1, 1000)), min_size=1, max_size=5),
+    factors=st.sampled_from([("a",), ("b",), ("a", "b")]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_mean_of_damped_updates_is_that_of_the_whole_adapters_of_all(
+    people: list[tuple[int, int]], factors: tuple[str, ...], seed: int
+) -> None:
+    plan, top = plan_of(tiers=(2, 4, 8)), max(rank for rank, _ in people)
+    base, samples = adapter_of(plan, 8, seed), [n for _, n in people]
+    clients = [adapter_of(plan, rank, seed + 1 + i) for i, (rank, _) in enumerate(people)]
+    total = sum(samples)
+    reach = [sum(n for rank, n in people if rank >= tier) / total or 1.0 for tier in plan.tiers]
+    packed = np.zeros(pack(base.first(top), plan, factors).size)
+    for client, n in zip(clients, samples, strict=True):
+        values = pack(damped(client, base, plan.tiers, reach), plan, factors)
+        packed[: values.size] += values * (n / total)
+    mean = join(to_mean(packed, plan, factors, [Contributor(r, n) for r, n in people], total), plan, factors, base)
+    wholes = [_whole(client, base) for client in clients]
+    for name, found in mean.layers.items():
+        for factor in factors:
+            expected = np.average([whole[name][factor] for whole in wholes], axis=0, weights=samples)
+            np.testing.assert_allclose(getattr(found, factor), expected, rtol=1e-11, atol=1e-12)
+        if factors == ("b",):  # and so is that of the updates, since all hold one A
+            exact = np.average([whole[name]["b"] @ base.layers[name].a for whole in wholes], axis=0, weights=samples)
+            np.testing.assert_allclose(found.b @ found.a, exact, rtol=1e-10, atol=1e-11)
+
+
+def test_updates_of_equal_rank_are_not_touched() -> None:
+    update = adapter_of(NESTED, 8, 1, np.float32)
+    assert damped(update, adapter_of(NESTED, 8, 2, np.float32), (8,), (1.0,)) is update
 
 
 @pytest.mark.parametrize("plan", [NESTED, PAD], ids=["nested", "pad"])

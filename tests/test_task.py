@@ -32,6 +32,7 @@ GOOD: dict[str, Any] = {
     "rounds": 8,
     "terms": TERMS,
     "aggregates": [[3, 8, 1], [4, 8, 0]],
+    "shares": [1.0, 0.4],
     "settings": "what else is in a message does not matter",
 }
 
@@ -44,7 +45,7 @@ def sent(values: Any) -> Any:
 def test_a_task_is_read_field_by_field_and_each_aggregate_gets_its_own_terms() -> None:
     now, before = Terms((2, 8), (0.2, 0.4), ((3, 1), (8, 0, 4, 2))), Terms((2, 8), (), ())
     aggregates = (Announced(3, 8, before), Announced(4, 8, now))
-    assert parse_task(sent(GOOD)) == Task(5, 3, 900, now, 2, aggregates, 8)
+    assert parse_task(sent(GOOD)) == Task(5, 3, 900, now, 2, aggregates, 8, (1.0, 0.4))
     first = parse_task(sent(GOOD | {"base": -1, "aggregates": [], "terms": TERMS[:1]}))
     assert (first.base, first.aggregates, first.terms) == (-1, (), now)
 
@@ -53,7 +54,8 @@ def test_a_task_is_read_field_by_field_and_each_aggregate_gets_its_own_terms() -
 def test_the_terms_of_a_plan_survive_a_message(plan: Any) -> None:
     terms = Terms.of(plan)
     assert (terms.tiers, terms.budgets, terms.columns) == (plan.tiers, plan.budgets, plan.columns)
-    values, _ = flower.unpack(flower.pack(GOOD | {"terms": [terms.plain()], "aggregates": []}))
+    changed = {"terms": [terms.plain()], "aggregates": [], "shares": [1.0] * len(plan.tiers)}
+    values, _ = flower.unpack(flower.pack(GOOD | changed))
     assert parse_task(values).terms == terms
 
 
@@ -79,7 +81,10 @@ def test_any_task_survives_json(
     terms: list[Terms], numbers: dict[str, int], announced: list[tuple[int, int, int]]
 ) -> None:
     named = [(r, k, i % len(terms)) for r, k, i in announced]
-    found = parse_task(sent(numbers | {"terms": [t.plain() for t in terms], "aggregates": named}))
+    shares = [1 / (2 + i) for i in range(len(terms[0].tiers))]
+    values = numbers | {"terms": [t.plain() for t in terms], "aggregates": named, "shares": shares}
+    found = parse_task(sent(values))
+    assert found.shares == tuple(shares)
     assert {k: getattr(found, k) for k in numbers} == numbers
     assert found.terms == terms[0]
     assert found.aggregates == tuple(Announced(r, k, terms[i]) for r, k, i in named)
@@ -129,6 +134,14 @@ def test_a_task_without_one_of_its_values_is_refused(key: str) -> None:
         ({"terms": [TERMS[0] | {"budgets": [10**400]}, TERMS[1]]}, "not readable"),
         ({"terms": [TERMS[0] | {"columns": [1, 2]}, TERMS[1]]}, "not readable"),
         ({"terms": [TERMS[0], TERMS[1] | {"columns": [[None]]}]}, "not readable"),  # of an aggregate, too
+        ({"shares": None}, "not readable"),
+        ({"shares": [1.0, "half"]}, "not readable"),
+        ({"shares": [1.0]}, "share of the clients' weight"),
+        ({"shares": [1.0, 0.4, 0.2]}, "share of the clients' weight"),
+        ({"shares": [1.0, 0.0]}, "share of the clients' weight"),
+        ({"shares": [1.0, -0.1]}, "share of the clients' weight"),
+        ({"shares": [1.1, 0.4]}, "share of the clients' weight"),
+        ({"shares": [1.0, math.nan]}, "share of the clients' weight"),
     ],
     ids=lambda x: str(x)[:60],
 )
@@ -153,6 +166,7 @@ nearly = st.fixed_dictionaries(
             max_size=2,
         ),
         "aggregates": st.lists(st.lists(numbers, min_size=3, max_size=3), max_size=2),
+        "shares": parts,
     }
 )
 one_change = st.tuples(st.sampled_from(sorted(GOOD)), anything | small).map(lambda x: GOOD | {x[0]: x[1]})

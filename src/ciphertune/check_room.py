@@ -15,6 +15,7 @@ from ciphertune.calibration import Calibration
 from ciphertune.check_parts import Node, weights
 from ciphertune.errors import SettingsError
 from ciphertune.forecast import forecast
+from ciphertune.plan import common
 from ciphertune.scores import size
 from ciphertune.settings import ClientSettings
 
@@ -42,10 +43,17 @@ def disk_needed(node: Node) -> int:
     for every token and its label, of which there are fewer than characters.
     """
     layers, heads = node.shapes
-    adapter = 4 * (node.own.rank * sum(x.m + x.n for x in layers) + sum(h.size for h in heads))
+    adapter = 4 * (_held(node) * sum(x.m + x.n for x in layers) + sum(h.size for h in heads))
     recorded = node.settings.federation.rounds if node.settings.record_updates else 0
     *_, characters = node.texts
     return adapter * (8 + 2 * recorded) + characters * 2 * 8
+
+
+def _held(node: Node) -> int:
+    """The components that this node will hold, as far as the settings tell the other clients' ranks."""
+    method, own = node.settings.method, node.own.rank
+    others = [c.rank for c in node.settings.federation.clients]
+    return max([own, *others]) if common(method.fit_rank, method.share) else own
 
 
 def memory(node: Node) -> str:
@@ -72,7 +80,7 @@ def memory_needed(node: Node) -> int:
     if not node.shapes[0]:
         return _BASE + held
     count, budget = max(2, settings.federation.min_clients), 1.0 if math.isnan(own.budget) else own.budget
-    clients = (ClientSettings(rank=own.rank, budget=budget),) * count  # all like this one
+    clients = (ClientSettings(rank=_held(node), budget=budget),) * count  # all like this one
     alike = replace(settings.federation, clients=clients, min_clients=count)
     planned = forecast(replace(settings, federation=alike), *node.shapes, Calibration(), rounds=(0,))
     return _BASE + held + planned.client_memory

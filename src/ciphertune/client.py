@@ -31,15 +31,16 @@ from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
 from ciphertune.noise import Noise, after, released
 from ciphertune.norms import check_mean, keep_norms
-from ciphertune.plan import Plan
+from ciphertune.plan import Plan, common
 from ciphertune.progress import Progress, note
-from ciphertune.ranks import norm_weight
+from ciphertune.ranks import damped, norm_weight
 from ciphertune.release import protected
 from ciphertune.settings import Settings
 from ciphertune.state import begin_round, load_state, record, rewind, save_state
 from ciphertune.task import Task, Terms, parse_task
 
 _STATE = "state/adapter.safetensors"
+_MOST_HELD = 8  # times the largest rank that this client knows of
 
 
 @dataclass
@@ -78,15 +79,35 @@ class Client:
         return wishes.budget_of(self.node, self.run, shapes(self.model.read())[0], self.secret)
 
 
-def open_client(settings: Settings, node: NodeSettings, run: int) -> Client:
+def task_of(what: str, values: dict[str, Any]) -> Task | None:
+    """The task in a message; a client that joins or trains alone has none. Raises FormatError."""
+    return None if what in ("join", "alone") else parse_task(values)
+
+
+def open_client(settings: Settings, node: NodeSettings, run: int, task: Task | None) -> Client:
     """Key, then data, then model: the cheap mistakes are found first. Raises CiphertuneError."""
     start = time.perf_counter()
+    rank = node.rank if task is None else _held(settings, node, task)
     secret = secret_part(settings.crypto, node)
     data = _data(settings, node, run)
     model = lm_model.load(
-        settings.model, rank=node.rank, labels=settings.data.labels, device=node.device, seed=settings.seed
+        settings.model, rank=rank, labels=settings.data.labels, device=node.device, seed=settings.seed
     )
     return Client(settings, node, run, model, data, secret, {"load": time.perf_counter() - start})
+
+
+def _held(settings: Settings, node: NodeSettings, task: Task) -> int:
+    """How many components the adapter has in this task. Raises PlanMismatchError for absurdly many."""
+    if not common(settings.method.fit_rank, settings.method.share):
+        return node.rank
+    most = _MOST_HELD * max(node.rank, settings.model.rank, *(c.rank for c in settings.federation.clients), 1)
+    found = max(task.terms.tiers, default=0)
+    if not 1 <= found <= most:
+        raise PlanMismatchError(
+            f"the server wants this client to hold {found} components, {most} at most are expected: set model.rank to "
+            "the largest rank among the clients"
+        )
+    return found
 
 
 def _data(settings: Settings, node: NodeSettings, run: int) -> lm_data.ClientData:
@@ -105,20 +126,20 @@ def _data(settings: Settings, node: NodeSettings, run: int) -> lm_data.ClientDat
 
 
 def handle(
-    what: str, client: Client, values: dict[str, Any], received: Sequence[bytes]
+    what: str, client: Client, task: Task | None, received: Sequence[bytes]
 ) -> tuple[dict[str, Any], list[bytes]]:
-    """Answer one message: join | wish | train | evaluate | alone. Returns the report and what travels."""
-    if what == "join":
-        return join(client), []
-    task = parse_task(values)
+    """Answer one message: join | wish | train | evaluate | alone. Returns the report and what travels.
+
+    task: what `task_of` found, which the client was opened for.
+    """
+    if task is None:
+        return (join if what == "join" else alone)(client), []
     if what == "train":
         update, report = train_round(client, task, received)
         return report, [update]
     if what == "wish":
         return wish(client, task, received), []
-    if what == "evaluate":
-        return finish(client, task, received), []
-    return alone(client), []
+    return finish(client, task, received), []
 
 
 def wish(client: Client, task: Task, received: Sequence[bytes]) -> dict[str, Any]:
@@ -149,11 +170,11 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         codes = exchange.codes_of(link, client.secret)
         wishes.tell_coverage(client.node, client.run, plan, client.budget, codes)
     factors = plan.factors(task.round)
-    shared = adapter.rank if plan.share == "none" else plan.shared(adapter.rank)
-    client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b", shared)
-    if shared < adapter.rank and task.round == 0:
-        few = f"too few clients have more than {shared} components for a mean of theirs to be released"
-        note(client.node.name, f"trains the first {shared} components of its {adapter.rank}: {few}")
+    rank = client.node.rank if plan.share == "none" else plan.shared(client.node.rank)
+    client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b", rank)
+    if rank < client.node.rank and task.round == 0:
+        few = f"too few clients have more than {rank} components for a mean of theirs to be released"
+        note(client.node.name, f"trains the first {rank} components of its {client.node.rank}: {few}")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
     training, factor = client.settings.training, client.settings.method.rate_factor
     begin_round(client.node.folder, client.run, task.round)
@@ -170,7 +191,11 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             progress=progress,
         )
     trained = client.model.read()
-    update = protected(client, trained, adapter, task)
+    guide = difference(adapter, initial) if plan.select == "entries" else adapter
+    # what is held beyond the client's own components did not train, and is the others' to send
+    update = protected(client, trained.first(rank), adapter.first(rank), task)
+    if plan.common:
+        update = damped(update, adapter, plan.tiers, task.shares)
     if client.settings.record_updates:
         record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
     with client.timed("seal"):
@@ -183,9 +208,9 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             samples=norm_weight(update) if plan.weighting == "norm" else len(client.data.train),
             total=task.total,
             tier=tier,
-            guide=difference(adapter, initial) if plan.select == "entries" else adapter,
+            guide=guide.first(rank),
         )
-    keep_norms(client.node.folder, client.run, task.round, update)
+    keep_norms(client.node.folder, client.run, task.round, update.over(trained))
     if plan.share == "none":
         save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
     return data, report | {"train_loss": result.loss, "seconds": client.seconds}

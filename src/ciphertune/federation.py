@@ -233,6 +233,12 @@ class Federation:
         """The denominator of a round's weights."""
         return sum(self.contributor(m).samples for m in chosen)
 
+    def shares(self, chosen: Sequence[Member]) -> tuple[float, ...]:
+        """Per tier of ranks, what share of the weight of `chosen` reaches it; 1 where none does."""
+        people = [self.contributor(m) for m in chosen]
+        weights = [sum(c.samples for c in people if c.rank >= t) for t in self.session.plan.tiers]
+        return tuple(w / self.total(chosen) if w else 1.0 for w in weights)
+
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""
         aggregate = sum_.release(self.settings.federation.min_contributors)
@@ -242,8 +248,8 @@ class Federation:
         return aggregate
 
     def catch_up(self, member: Member) -> list[tuple[wire.Message, wire.Session]]:
-        """The aggregates this member lacks, oldest first, each cut to its rank, and the session each was made in."""
-        rank = self.contributor(member).rank
+        """The aggregates this member lacks, oldest first, each cut to what it holds, and the session of each."""
+        rank = self.session.plan.held(self.contributor(member).rank)
         found = [(m, replace(self.session, plan=p)) for m, p in _needed(self.history, member.have, rank)]
         return [(cut(m, session, rank), session) for m, session in found]
 

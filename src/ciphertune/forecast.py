@@ -97,12 +97,13 @@ def _round(
     largest_up, largest_down = max(x.up for x in like), max(x.down for x in like)
     served = largest_down if separate else up
     blocks_up, blocks_down = sum(x.ciphertexts_up for x in real), sum(x.ciphertexts_down for x in real)
-    plain = sum(c.rank for c in people) * component_size(plan, FACTORS) + count * head_size(plan)
+    components = sum(c.rank + plan.held(c.rank) for c in people)
+    plain = components * component_size(plan, FACTORS) + 2 * count * head_size(plan)
     found = Forecast(
         method=settings.method.name,
         bytes_up=sum(x.up for x in real) / count,
         bytes_down=sum(x.down for x in real) / count,
-        over_plaintext=sum(x.up + x.down for x in real) / (2 * _FLOAT32 * plain),
+        over_plaintext=sum(x.up + x.down for x in real) / (_FLOAT32 * plain),
         ciphertexts_up=blocks_up / count,
         ciphertexts_down=blocks_down / count,
         seal_seconds=sample.seal * up / count + sample.touch * sample.sealing.beyond(up / count),

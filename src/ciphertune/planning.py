@@ -146,7 +146,7 @@ def loads(session: wire.Session, people: tuple[Contributor, ...], round_: int) -
     """What each of those who contribute to a round sends and gets in it."""
     found: dict[Contributor, Load] = {}
     for who in dict.fromkeys(people):
-        rank = who.rank if session.plan.aggregate == "separate" else max(c.rank for c in people)
+        rank = session.plan.held(who.rank) if session.plan.aggregate == "separate" else max(c.rank for c in people)
         up, blocks_up = _message(session, wire.UPDATE, round_, who.rank, (who,))
         down, blocks_down = _message(session, wire.AGGREGATE, round_, rank, people)
         found[who] = Load(up, down, blocks_up, blocks_down)

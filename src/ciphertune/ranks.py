@@ -1,6 +1,7 @@
-"""Unequal ranks: from an aggregate to each client's own rank.
+"""Unequal ranks: from an aggregate to what each client holds.
 
-nested, pad: what the components of a sum are divided by.  svd: the best approximation at the client's rank.
+nested: all hold the same components, each trains its own first ones.  pad: each holds its own.  svd: the best
+approximation at the client's rank.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class Contributor:
 def divisors(plan: Plan, contributors: Sequence[Contributor], total: int, rank: int) -> npt.NDArray[np.float64]:
     """Divisor per component, shape (rank,), for sums of values weighted by `samples / total`.
 
-    nested: component k is averaged over the clients that have it.  pad: a client without component k counts as zero
-    there (HetLoRA, arXiv 2401.06432, section 3.2), so the divisor is the same everywhere. 0 where nobody contributed.
+    nested: component k is averaged over the clients that train it (see `damped`).  pad: a client without component k
+    counts as zero there (HetLoRA, arXiv 2401.06432, section 3.2), so the divisor is the same everywhere. 0 where nobody
+    contributed.
     """
     ranks = np.array([c.rank for c in contributors], np.int64)
     weights = np.array([c.samples for c in contributors], np.float64) / total
@@ -69,6 +71,28 @@ def to_mean(
         raise FormatError("the aggregate holds components that none of its contributors has")
     everyone = sum(c.samples for c in contributors) / total
     return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))
+
+
+def damped(update: Adapter, base: Adapter, tiers: Sequence[int], shares: Sequence[float]) -> Adapter:
+    """An update with every component's change since `base` times the share of the clients' weight that trains it.
+
+    Clients of smaller rank hold that component and leave it as it is. `to_mean` averages over the others alone, so with
+    this the mean is that of the whole adapters of all: sum of w_i B_i A in a round that shares A.
+    base: of the update's rank or a larger one.  tiers: ascending.  shares: of each tier, in (0, 1].
+    """
+    if all(share == 1 for share in shares):
+        return update
+    per_tier = np.repeat(np.asarray(shares, np.float64), np.diff([0, *tiers]))[: update.rank]
+
+    def toward(new: FloatArray, old: FloatArray, by: npt.NDArray[np.float64]) -> FloatArray:
+        return (old + by * (new.astype(np.float64) - old)).astype(new.dtype)
+
+    layers = {}
+    for name, found in update.layers.items():
+        old, n = base.layers[name], found.rank
+        a, b = toward(found.a, old.a[:n], per_tier[:, None]), toward(found.b, old.b[:, :n], per_tier)
+        layers[name] = LoraFactors(a, b, found.scale)
+    return Adapter(layers, update.heads)
 
 
 def update_norm(adapter: Adapter) -> float:

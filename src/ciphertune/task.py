@@ -48,6 +48,7 @@ class Task:
     base: int  # the round whose mean the server believes this client to hold, -1 for none
     aggregates: tuple[Announced, ...]  # oldest first
     rounds: int
+    shares: tuple[float, ...]  # per tier, the weight of the clients asked that reach it, of all their weight
 
 
 def parse_task(values: Mapping[str, Any]) -> Task:
@@ -59,12 +60,15 @@ def parse_task(values: Mapping[str, Any]) -> Task:
         if not all(0 <= i < len(terms) for _, _, i in pairs):
             raise ValueError
         aggregates = tuple(Announced(r, k, terms[i]) for r, k, i in pairs)
-        found = Task(terms=terms[0], aggregates=aggregates, **numbers)
+        shares = tuple(float(x) for x in values["shares"])
+        found = Task(terms=terms[0], aggregates=aggregates, shares=shares, **numbers)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError("the server's task is not readable") from error
     counted = (found.round, found.sender, found.rounds, *(x for a in aggregates for x in (a.round, a.rank)))
     if not all(0 <= n < 2**32 for n in counted) or not 0 <= found.total < 2**63:
         raise FormatError("the server's task holds impossible numbers")
+    if len(shares) != len(terms[0].tiers) or not all(0 < x <= 1 for x in shares):
+        raise FormatError("the server's task does not say of each tier what share of the clients' weight reaches it")
     return found
 
 

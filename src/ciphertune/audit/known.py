@@ -16,7 +16,7 @@ import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
 from ciphertune import columns, exchange, wire
-from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.adapter import Adapter
 from ciphertune.aggregation import cut
 from ciphertune.audit.view import Seen, View
 from ciphertune.columns import Codes
@@ -85,7 +85,7 @@ def start_of(view: View, one: Seen, initial: Adapter) -> Adapter | None:
 
     Raises DataError where the server did know it and its aggregate is gone: a wrong start would hide what can be read.
     """
-    own = _first(initial, one.message.rank)
+    own = initial.first(one.message.rank)
     if one.round == 0 or one.plan.fit_rank == "merge" or one.plan.share == "none":
         return own
     if one.link.public.encrypts:
@@ -162,8 +162,3 @@ def _change(after: Matrix, before: npt.NDArray[np.floating]) -> Matrix:
     """After minus before; nothing where that is no more than the wire's rounding."""
     found = after - before
     return found if found.size and np.abs(found).max() > 1e-6 * np.abs(before).max() else np.zeros_like(found)
-
-
-def _first(adapter: Adapter, rank: int) -> Adapter:
-    layers = {n: LoraFactors(f.a[:rank], f.b[:, :rank], f.scale) for n, f in adapter.layers.items()}
-    return Adapter(layers, adapter.heads)

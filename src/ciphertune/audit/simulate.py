@@ -38,13 +38,13 @@ def simulate(settings: Settings, rounds: int, *, number: int | None = None, fini
     folder = ServerFolder(nodes[0].folder.parents[1])
     folder.start(settings, "")
     federation = Federation(settings, RUN)
-    hellos = [clients.handle("join", _open(settings, n), {}, [])[0] for n in nodes]
+    hellos = [_answer("join", settings, n, {}, [])[0] for n in nodes]
     federation.settle([parse_hello(h, k, k) for k, h in enumerate(hellos)])
     for round_ in range(rounds):
         _round(settings, federation, folder, nodes, round_)
     for member, node in zip(federation.members, nodes, strict=True) if finish else ():
         task, payload = _message(federation, rounds, member, 0)
-        clients.handle("evaluate", _open(settings, node), task, payload)
+        _answer("evaluate", settings, node, task, payload)
     return folder.path
 
 
@@ -56,9 +56,7 @@ def _round(
         widths = [x.n for x in federation.session.plan.layers]
         wishes = []
         for member in federation.members:
-            values = clients.handle("wish", _open(settings, by_name[member.name]), _task(federation, round_, 0, 0), [])[
-                0
-            ]
+            values, _ = _answer("wish", settings, by_name[member.name], _task(federation, round_, 0, 0), [])
             wishes.append(parse_wish(member.name, member.hello.budget, values["columns"], widths))
         federation.negotiate(wishes)
     folder.plan(federation.session.plan, federation.members, {"round": round_} if settings.method.negotiates else None)
@@ -66,7 +64,7 @@ def _round(
     sum_ = federation.open_round(round_, federation.members)
     for member in federation.members:
         task, payload = _message(federation, round_, member, total)
-        update = clients.handle("train", _open(settings, by_name[member.name]), task, payload)[1][0]
+        update = _answer("train", settings, by_name[member.name], task, payload)[1][0]
         folder.view(round_, member.name, update)
         sum_.add(update, sender=member.number, who=federation.contributor(member))
         member.have = max(member.have, round_ - 1)
@@ -74,8 +72,11 @@ def _round(
     folder.aggregate(round_, wire.encode(aggregate, federation.session))
 
 
-def _open(settings: Settings, node: NodeSettings) -> clients.Client:
-    return clients.open_client(settings, node, RUN)
+def _answer(
+    what: str, settings: Settings, node: NodeSettings, values: dict[str, Any], payload: list[bytes]
+) -> tuple[dict[str, Any], list[bytes]]:
+    task = clients.task_of(what, values)
+    return clients.handle(what, clients.open_client(settings, node, RUN, task), task, payload)
 
 
 def _message(federation: Federation, round_: int, member: Member, total: int) -> tuple[dict[str, Any], list[bytes]]:
@@ -99,6 +100,7 @@ def _task(
         "rounds": federation.settings.federation.rounds,
         "sender": sender,
         "total": total,
+        "shares": federation.shares(federation.members),
         "terms": [Terms.of(plan).plain() for plan in plans],
         "base": base,
         "aggregates": [[m.round, m.rank, plans.index(link.plan)] for m, link in lacking],
