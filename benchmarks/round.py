@@ -117,6 +117,7 @@ def measure(overrides: Sequence[str], shape: Shape, repeat: int) -> dict[str, An
     link = session(settings, plan, run=1, key_fingerprint=part.fingerprint)
     rng = np.random.default_rng(0)
     clients = [adapter(layers, rank, rng) for rank in ranks]
+    widest = max(clients, key=lambda mine: mine.rank)
     seconds: dict[str, list[float]] = defaultdict(list)
     up: list[int] = []
     down: list[int] = []
@@ -135,11 +136,12 @@ def measure(overrides: Sequence[str], shape: Shape, repeat: int) -> dict[str, An
                 up.append(len(data))
             start = time.process_time()
             aggregate = total.release(2)
-            answers = [wire.encode(cut(aggregate, link, rank), link) for rank in ranks]
+            answers = [wire.encode(cut(aggregate, link, link.plan.held(rank)), link) for rank in ranks]
             once["server release"] += (time.process_time() - start) / 2
             for mine, data in zip(clients, answers, strict=True):
                 start = time.process_time()
-                unseal(data, link, part, round_=round_, rank=min(mine.rank, aggregate.rank), base=mine)
+                rank = min(link.plan.held(mine.rank), aggregate.rank)
+                unseal(data, link, part, round_=round_, rank=rank, base=widest)
                 once["client unseal"] += (time.process_time() - start) / (2 * len(ranks))
                 down.append(len(data))
         for stage, value in once.items():

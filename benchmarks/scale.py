@@ -146,7 +146,7 @@ def serve(work: Work) -> Report:
         whole = total.release(work.settings.federation.min_contributors)
     for k, who in enumerate(work.people):
         with watch.time("release"):
-            answer = wire.encode(cut(whole, link, who.rank), link)
+            answer = wire.encode(cut(whole, link, link.plan.held(who.rank)), link)
         (work.folder / f"aggregate-{k}").write_bytes(answer)
     return watch.report(rank=whole.rank)
 

@@ -41,6 +41,7 @@ class EncryptedLora(Strategy):
         self.door = Door(settings, self.federation)
         self.table = Table(settings, self.federation)
         self._chosen: list[Member] = []  # whom the messages of the current exchange go to
+        self._shares: tuple[float, ...] = ()  # see Federation.shares
         self._aggregate: wire.Message | None = None  # of the round that was closed last
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
@@ -129,7 +130,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._chosen = self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid)))
+        self._address(self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid))))
         self._sum = self.federation.open_round(server_round, self._chosen)
         total = self.federation.total(self._chosen)
         self.ledger.open_round()
@@ -166,6 +167,8 @@ class EncryptedLora(Strategy):
                 self.conduct.left_out(f"round {server_round + 1}", server_round, member, error)
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
+        for member in self._chosen:
+            member.silent = member.name not in self._answered
         started = time.perf_counter()
         self._aggregate = self.federation.close_round(self._sum)
         self._answered.clear()
@@ -193,7 +196,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The last mean, to every client."""
-        self._chosen = self.door.online(grid)
+        self._address(self.door.online(grid))
         return [self._task(member, "evaluate", server_round, 0)[0] for member in self._chosen]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -208,7 +211,7 @@ class EncryptedLora(Strategy):
 
     def _negotiate(self, grid: Grid, round_: int, online: list[Member], timeout: float) -> None:
         """Ask the clients which columns they want encrypted, and make the plan from their answers."""
-        self._chosen = online
+        self._address(online)
         asked = [self._task(member, "query.wish", round_, 0) for member in online]
         sent = {member.name: size for member, (_, size) in zip(online, asked, strict=True)}
         wishes = []
@@ -231,7 +234,7 @@ class EncryptedLora(Strategy):
     def compare(self, grid: Grid, timeout: float) -> None:
         """Every client trains alone for as many steps, from the same start."""
         say("for comparison: every client alone, the same number of steps")
-        self._chosen = self.door.online(grid)
+        self._address(self.door.online(grid))
         messages = [
             self._task(m, "train.alone", self.settings.federation.rounds, 0, send=False)[0] for m in self._chosen
         ]
@@ -244,6 +247,10 @@ class EncryptedLora(Strategy):
         return (clear, secret) if self.federation.session.public.encrypts else (clear + secret, 0)
 
     # --- messages -------------------------------------------------------------------------------------------------
+
+    def _address(self, members: list[Member]) -> None:
+        """The messages of the exchange that begins go to these."""
+        self._chosen, self._shares = members, self.federation.shares(members)
 
     def _task(self, member: Member, kind: str, round_: int, total: int, *, send: bool = True) -> tuple[Message, int]:
         aggregates = self.federation.catch_up(member) if send else []
@@ -258,7 +265,7 @@ class EncryptedLora(Strategy):
             "rounds": self.settings.federation.rounds,
             "sender": member.number,
             "total": total,
-            "shares": self.federation.shares(self._chosen),
+            "shares": self._shares,
             "terms": terms,
             "base": member.have,
             "aggregates": [[m.round, m.rank, distinct.index(link.plan)] for m, link in aggregates],

@@ -297,3 +297,25 @@ def test_no_ciphertext_that_a_lower_rank_gets_holds_a_component_above_it() -> No
     every_slot = secret.decrypt(message.secret, len(message.secret) // params.block_bytes * params.slots)
     shared = 2 * sum(x.m for x in LAYERS)
     assert np.allclose(every_slot[:shared], 1.0, atol=1e-6) and np.allclose(every_slot[shared:], 0.0, atol=1e-6)
+
+
+def test_the_share_of_a_tier_is_that_of_the_weight_asked_without_those_below_that_were_silent() -> None:
+    federation = settled(hello("low", 2, samples=30), hello("high", 8, samples=10), hello("top", 8, samples=20))
+    low, high, top = federation.members
+    assert federation.session.plan.tiers == (2, 8)
+    assert federation.shares([low, high, top]) == (1.0, 30 / 60)
+    assert federation.shares([low, top]) == (1.0, 20 / 50)
+    assert federation.shares([high, top]) == (1.0, 1.0)
+    assert federation.shares([low]) == (1.0, 1.0)  # nobody trains what is above it
+    low.silent = True
+    assert federation.shares([low, high, top]) == (1.0, 1.0)
+
+
+def test_two_clients_of_a_huge_rank_do_not_decide_what_the_others_hold() -> None:
+    """The settings do: eight times the largest rank that they name."""
+    federation = settled(*(hello(f"n{k}", rank) for k, rank in enumerate((4, 4, 4, 4096, 4096))))
+    assert federation.session.plan.tiers == (4, federation.settings.most_held)
+    assert 64 <= federation.settings.most_held < 4096
+    assert [federation.contributor(m).rank for m in federation.members] == [4, 4, 4] + [
+        federation.settings.most_held
+    ] * 2

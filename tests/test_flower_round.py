@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CONF
 from federations import Lab, rounds, said, summary
 from flwr.app import ArrayRecord, Message
 from grid import simulated
@@ -23,6 +24,7 @@ from ciphertune.adapter import Adapter
 from ciphertune.client import Client
 from ciphertune.lm import model as lm_model
 from ciphertune.ranks import damped
+from ciphertune.settings import compose
 
 METHODS = ("sealed", "full_he", "fedavg")
 
@@ -395,6 +397,18 @@ def test_components_that_only_one_client_has_do_not_train_and_are_not_sent(
     assert {v.shape[0] for n, v in saved.items() if "lora_A" in n} == {8}
     assert all(np.array_equal(saved[name], other[name]) for name in other)
     assert said(capsys).count("client-3: trains the first 8 components of its 16: too few clients have more") == 1
+
+
+def test_padded_components_that_only_one_client_has_stay_as_they_were_drawn(lab: Lab) -> None:
+    ranks = "federation.clients=[{rank:4},{rank:8},{rank:8},{rank:16}]"
+    words = f"method=hetlora model.release=float32 '{ranks}'"
+    saved = load_file(lab(words) / "clients/client-3/adapter/adapter_model.safetensors")
+    settings = compose(CONF, f"{lab.base} {words}")
+    fresh = lm_model.load(settings.model, rank=16, device="cpu", seed=settings.seed).read()
+    for name, initial in fresh.layers.items():
+        a, b = (next(v for k, v in saved.items() if f"{name}.{part}" in k) for part in ("lora_A", "lora_B"))
+        assert np.array_equal(a[8:], initial.a[8:]) and not b[:, 8:].any()
+        assert (a[:8] != initial.a[:8]).any() and b[:, :8].all()
 
 
 def test_a_clients_data_is_read_once_so_that_its_weight_cannot_change_during_the_run(

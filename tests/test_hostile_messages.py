@@ -745,3 +745,17 @@ def test_a_server_does_not_decide_how_many_components_a_client_holds(
     with pytest.raises(FederationError, match="0 usable updates"):
         lab("method=sealed", outgoing=("train", wide))
     assert "the server wants this client to hold 100 components, 64 at most are expected" in said(capsys)
+
+
+def test_a_server_cannot_let_the_others_updates_count_for_nothing_unseen(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With tiny shares for all but one, the mean would be that one's update, and every other client would have it."""
+
+    def tiny(message: Message) -> None:
+        values, payload = flower.unpack(message.content)
+        message.content = flower.pack({**values, "shares": [1.0, 1e-9, 1e-9]}, payload)
+
+    with pytest.raises(FederationError, match="1 usable updates"):
+        lab("method=sealed federation.rounds=1", outgoing=("train", tiny))
+    assert said(capsys).count("the server says that fewer clients train what this one trains than this one alone") >= 3

@@ -11,9 +11,10 @@ import pytest
 
 from ciphertune import build
 from ciphertune.adapter import Adapter, LoraFactors
+from ciphertune.ranks import damped
 from ciphertune.settings import compose
-from tests.oracle import Matrix, adapter_of, mean_component_update, mean_factor, true_update
-from tests.separate_cases import CONF, HEADS, IN_FLOAT64, LAYERS, RANKS, Round, gap
+from tests.oracle import Matrix, adapter_of, cohort, mean_component_update, mean_factor, true_update
+from tests.separate_cases import CONF, HEADS, IN_FLOAT64, LAYERS, RANKS, SAMPLES, Round, gap
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,31 @@ def test_sealed_with_padding_is_exactly_the_true_update_at_unequal_ranks_too(
         assert gap(product(run.received[0], layer.name), expected) > 1e-3
 
 
+@SEALED_CRYPTO
 @ROUNDS
-def test_sealed_nested_at_unequal_ranks_is_another_mean_than_the_true_update(round_: int) -> None:
-    """A component that few clients have is not shrunk towards zero by those that lack it."""
-    run = Round(["method=sealed", *IN_FLOAT64], round_)
+def test_sealed_is_exactly_the_true_update_at_unequal_ranks_where_all_answer(
+    round_: int, crypto: tuple[str, ...]
+) -> None:
+    """Of the whole adapters: each client's own components, and beyond them those that all hold."""
+    plan = Round(["method=sealed", *IN_FLOAT64], round_).plan
+    base, clients = adapter_of(plan, 8, round_), cohort(plan, RANKS, round_, seed=round_)
+    reach = [sum(n for r, n in zip(RANKS, SAMPLES, strict=True) if r >= t) / sum(SAMPLES) for t in plan.tiers]
+    update = [damped(client, base, plan.tiers, reach) for client in clients]
+    run = Round(["method=sealed", *crypto], round_, clients=update)
+    got, wholes = run.receive(base), []
+    for client in clients:
+        layers = {}
+        for name, held in base.layers.items():
+            own, a, b = client.layers[name], held.a.copy(), held.b.copy()
+            a[: own.rank], b[:, : own.rank] = own.a, own.b
+            layers[name] = LoraFactors(a, b, own.scale)
+        wholes.append(Adapter(layers, client.heads))
     for layer in LAYERS:
-        expected = true_update(run.clients, run.samples, layer.name)
-        assert gap(product(run.received[-1], layer.name), expected) > 1e-3
+        expected = true_update(wholes, run.samples, layer.name)
+        assert gap(product(got, layer.name), expected) <= tolerance(
+            run, layer.name, "a" if round_ == 0 else "b", range(8)
+        )
+        assert gap(product(got, layer.name), true_update(clients, run.samples, layer.name)) > 1e-3
 
 
 @SEALED_CRYPTO

@@ -62,15 +62,6 @@ class Adapter:
         layers = {name: LoraFactors(f.a[:rank], f.b[:, :rank], f.scale) for name, f in self.layers.items()}
         return Adapter(layers, self.heads)
 
-    def over(self, base: Adapter) -> Adapter:
-        """`base` with its first components and its heads replaced by these."""
-        layers = {}
-        for name, f in self.layers.items():
-            rest = base.layers[name]
-            a, b = np.concatenate([f.a, rest.a[f.rank :]]), np.concatenate([f.b, rest.b[:, f.rank :]], axis=1)
-            layers[name] = LoraFactors(a, b, f.scale)
-        return Adapter(layers, self.heads)
-
 
 def difference(one: Adapter, two: Adapter) -> Adapter:
     """Factor by factor and head by head, `one` minus `two`, of the same shapes."""

@@ -15,7 +15,6 @@ from ciphertune.calibration import Calibration
 from ciphertune.check_parts import Node, weights
 from ciphertune.errors import SettingsError
 from ciphertune.forecast import forecast
-from ciphertune.plan import common
 from ciphertune.scores import size
 from ciphertune.settings import ClientSettings
 
@@ -53,7 +52,7 @@ def _held(node: Node) -> int:
     """The components that this node will hold, as far as the settings tell the other clients' ranks."""
     method, own = node.settings.method, node.own.rank
     others = [c.rank for c in node.settings.federation.clients]
-    return max([own, *others]) if common(method.fit_rank, method.share) else own
+    return max([own, *others]) if method.common else own
 
 
 def memory(node: Node) -> str:

@@ -31,7 +31,7 @@ from ciphertune.lm import train as lm_train
 from ciphertune.node import NodeSettings
 from ciphertune.noise import Noise, after, released
 from ciphertune.norms import check_mean, keep_norms
-from ciphertune.plan import Plan, common
+from ciphertune.plan import Plan
 from ciphertune.progress import Progress, note
 from ciphertune.ranks import damped, norm_weight
 from ciphertune.release import protected
@@ -40,7 +40,6 @@ from ciphertune.state import begin_round, load_state, record, rewind, save_state
 from ciphertune.task import Task, Terms, parse_task
 
 _STATE = "state/adapter.safetensors"
-_MOST_HELD = 8  # times the largest rank that this client knows of
 
 
 @dataclass
@@ -97,15 +96,13 @@ def open_client(settings: Settings, node: NodeSettings, run: int, task: Task | N
 
 
 def _held(settings: Settings, node: NodeSettings, task: Task) -> int:
-    """How many components the adapter has in this task. Raises PlanMismatchError for absurdly many."""
-    if not common(settings.method.fit_rank, settings.method.share):
+    """How many components the adapter has in this task. Raises PlanMismatchError for more than the server may ask."""
+    if not settings.method.common:
         return node.rank
-    most = _MOST_HELD * max(node.rank, settings.model.rank, *(c.rank for c in settings.federation.clients), 1)
-    found = max(task.terms.tiers, default=0)
-    if not 1 <= found <= most:
+    found = max(task.terms.tiers)
+    if not 1 <= found <= settings.most_held:
         raise PlanMismatchError(
-            f"the server wants this client to hold {found} components, {most} at most are expected: set model.rank to "
-            "the largest rank among the clients"
+            f"the server wants this client to hold {found} components, {settings.most_held} at most are expected"
         )
     return found
 
@@ -171,9 +168,11 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
         wishes.tell_coverage(client.node, client.run, plan, client.budget, codes)
     factors = plan.factors(task.round)
     rank = client.node.rank if plan.share == "none" else plan.shared(client.node.rank)
+    if rank < 1:
+        raise PlanMismatchError(f"rank {client.node.rank} is below the plan's lowest tier, {plan.tiers[0]}")
     client.model.freeze("" if len(factors) != 1 else "a" if factors == ("b",) else "b", rank)
     if rank < client.node.rank and task.round == 0:
-        few = f"too few clients have more than {rank} components for a mean of theirs to be released"
+        few = "too few clients have more for a mean of theirs to be released, or the settings allow no more"
         note(client.node.name, f"trains the first {rank} components of its {client.node.rank}: {few}")
     progress = Progress(client.node.name, f"round {task.round + 1}/{task.rounds}")
     training, factor = client.settings.training, client.settings.method.rate_factor
@@ -195,6 +194,8 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
     # what is held beyond the client's own components did not train, and is the others' to send
     update = protected(client, trained.first(rank), adapter.first(rank), task)
     if plan.common:
+        if task.shares[plan.tiers.index(rank)] < len(client.data.train) / task.total:
+            raise PlanMismatchError("the server says that fewer clients train what this one trains than this one alone")
         update = damped(update, adapter, plan.tiers, task.shares)
     if client.settings.record_updates:
         record(client.node.folder / f"round_{task.round:04d}" / "update.safetensors", update)
@@ -210,7 +211,7 @@ def train_round(client: Client, task: Task, received: Sequence[bytes]) -> tuple[
             tier=tier,
             guide=guide.first(rank),
         )
-    keep_norms(client.node.folder, client.run, task.round, update.over(trained))
+    keep_norms(client.node.folder, client.run, task.round, update)
     if plan.share == "none":
         save_state(client.node.folder / _STATE, trained, run=client.run, round_=task.round)
     return data, report | {"train_loss": result.loss, "seconds": client.seconds}
@@ -266,7 +267,8 @@ def _catch_up(client: Client, task: Task, received: Sequence[bytes]) -> tuple[Ad
             link, at = client.session(client.plan(found.terms)), found.round
             adapter, message = exchange.unseal(data, link, client.secret, round_=at, rank=found.rank, base=adapter)
             exchange.enough(message, link.plan, client.settings.federation.min_contributors)
-            check_mean(client.node.folder, client.run, at, adapter, client.settings.federation.max_mean_norm)
+            own = adapter.first(link.plan.shared(client.node.rank))  # as much as it sent of it
+            check_mean(client.node.folder, client.run, at, own, client.settings.federation.max_mean_norm)
             noise = after(noise, message, link, adapter)
             if link.plan.fit_rank == "merge":
                 merging.merge(client.node.folder, client.run, at, adapter)

@@ -33,11 +33,15 @@ RoundSum = SeparateSum | ProductSum
 
 @dataclass
 class Member:
-    """An admitted client. number: its sender id on the wire, from 1. have: the last round whose mean it holds."""
+    """An admitted client. number: its sender id on the wire, from 1. have: the last round whose mean it holds.
+
+    silent: sent no usable update when it was last asked for one.
+    """
 
     number: int
     hello: Hello
     have: int = -1
+    silent: bool = False
 
     @property
     def name(self) -> str:
@@ -135,6 +139,8 @@ class Federation:
             # every component of everybody is in the one sum, but one client must not decide what all have to carry
             reached = sorted(present)[-enough]
             return tuple(sorted({min(r, 2 * reached) for r in present}))
+        if self.settings.method.common:  # what these reach everybody has to hold
+            present = [min(r, self.settings.most_held) for r in present]
         tiers = tuple(t for t in sorted(set(present)) if sum(r >= t for r in present) >= enough)
         if not tiers:
             raise FederationError(
@@ -234,10 +240,18 @@ class Federation:
         return sum(self.contributor(m).samples for m in chosen)
 
     def shares(self, chosen: Sequence[Member]) -> tuple[float, ...]:
-        """Per tier of ranks, what share of the weight of `chosen` reaches it; 1 where none does."""
-        people = [self.contributor(m) for m in chosen]
-        weights = [sum(c.samples for c in people if c.rank >= t) for t in self.session.plan.tiers]
-        return tuple(w / self.total(chosen) if w else 1.0 for w in weights)
+        """Per tier of ranks, what share of the clients' weight reaches it: never more than of the tier below.
+
+        Of the clients of smaller rank those count that answered when they were last asked: what one that stays silent
+        says of itself must not shrink what the others send.
+        """
+        people = [(self.contributor(m), m.silent) for m in chosen]
+        found = [1.0]
+        for tier in self.session.plan.tiers:
+            reach = sum(c.samples for c, _ in people if c.rank >= tier)
+            below = sum(c.samples for c, silent in people if c.rank < tier and not silent)
+            found.append(min(found[-1], reach / (reach + below)) if reach else found[-1])
+        return tuple(found[1:])
 
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""

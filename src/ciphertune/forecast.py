@@ -44,7 +44,7 @@ class Forecast:
     method: str
     bytes_up: float  # of one client
     bytes_down: float
-    over_plaintext: float  # both ways, over float32 of both factors and the heads both ways
+    over_plaintext: float  # both ways, over float32 of what `fedavg` moves: both factors and the heads
     ciphertexts_up: float
     ciphertexts_down: float
     seal_seconds: float  # of one client
@@ -97,7 +97,10 @@ def _round(
     largest_up, largest_down = max(x.up for x in like), max(x.down for x in like)
     served = largest_down if separate else up
     blocks_up, blocks_down = sum(x.ciphertexts_up for x in real), sum(x.ciphertexts_down for x in real)
-    components = sum(c.rank + plan.held(c.rank) for c in people)
+    # what `fedavg` moves: up what each client trains, down what all hold
+    enough = max(1, settings.federation.min_contributors)
+    held = sorted(c.rank for c in people)[-min(enough, count)]
+    components = sum(min(c.rank, held) + held for c in people)
     plain = components * component_size(plan, FACTORS) + 2 * count * head_size(plan)
     found = Forecast(
         method=settings.method.name,

@@ -45,14 +45,6 @@ def column_count(n: int, budget: float) -> int:
     return 0 if budget == 0 else min(n, max(1, int(budget * n + 0.5)))
 
 
-def common(fit_rank: str, share: str) -> bool:
-    """Whether all clients hold the same components, those that are shared, and each trains its own first ones of them.
-
-    With its own ones alone, a client of small rank would learn to make up for those that it lacks.
-    """
-    return fit_rank == "nested" and share != "none"
-
-
 @dataclass(frozen=True)
 class Plan:
     """Layers and heads in the order in which they are packed, and the method's choices that shape a message.
@@ -171,8 +163,8 @@ class Plan:
 
     @property
     def common(self) -> bool:
-        """Whether all clients hold the same components."""
-        return common(self.fit_rank, self.share)
+        """As `MethodSettings.common`."""
+        return self.fit_rank == "nested" and self.share != "none"
 
     def factors(self, round_: int) -> tuple[Factor, ...]:
         """The factors that are trained and travel in a round (from 0).

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ciphertune.adapter import Adapter
-from ciphertune.errors import PlanMismatchError
+from ciphertune.errors import PlanMismatchError, StateError
 from ciphertune.privacy import epsilon, noise_multiplier, protect
 from ciphertune.progress import note
 from ciphertune.state import count_release, load_state, save_state
@@ -28,7 +28,13 @@ def protected(client: Client, trained: Adapter, adapter: Adapter, task: Task) ->
         return trained
     plan = client.plan(task.terms)
     path = client.node.folder / "state" / "released.safetensors"
-    earlier, at, _ = load_state(path, trained, run=client.run)
+    try:
+        earlier, at, _ = load_state(path, trained, run=client.run)
+    except StateError as error:
+        raise PlanMismatchError(
+            f"{path} is damaged, or the server asks for other components than in an earlier round: this client sends "
+            "nothing more in this run, since a second release of one round would cost privacy again"
+        ) from error
     if at == task.round:
         note(client.node.name, f"round {at + 1} again: the update that was sent before, with its noise")
         return earlier

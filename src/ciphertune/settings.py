@@ -58,6 +58,14 @@ class MethodSettings:
         """Whether the clients negotiate columns, to encrypt them or to leave them out."""
         return self.select in ("negotiated", "dropped")
 
+    @property
+    def common(self) -> bool:
+        """Whether all clients hold the same components, those that are shared, and each trains its own first ones.
+
+        With its own ones alone, a client of small rank would learn to make up for those that it lacks.
+        """
+        return self.fit_rank == "nested" and self.share != "none"
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -199,6 +207,11 @@ class Settings:
         """16 bytes over everything that all parties must agree on."""
         shared = self.shared()
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).digest()[:16]
+
+    @property
+    def most_held(self) -> int:
+        """The most components that a client has to hold, whatever the ranks of the others (method.fit_rank=nested)."""
+        return 8 * max(self.model.rank, *(c.rank for c in self.federation.clients), 1)
 
     def shared(self) -> dict[str, Any]:
         """What all parties must agree on, as nested plain values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ciphertune.errors import FormatError
@@ -67,7 +68,8 @@ def parse_task(values: Mapping[str, Any]) -> Task:
     counted = (found.round, found.sender, found.rounds, *(x for a in aggregates for x in (a.round, a.rank)))
     if not all(0 <= n < 2**32 for n in counted) or not 0 <= found.total < 2**63:
         raise FormatError("the server's task holds impossible numbers")
-    if len(shares) != len(terms[0].tiers) or not all(0 < x <= 1 for x in shares):
+    falling = all(1 >= x >= y > 0 for x, y in pairwise((1.0, *shares)))
+    if not shares or len(shares) != len(terms[0].tiers) or shares[0] != 1 or not falling:
         raise FormatError("the server's task does not say of each tier what share of the clients' weight reaches it")
     return found
 

@@ -62,7 +62,7 @@ def _plan(run: Run, plan: Plan | None) -> dict[str, Any]:
     return {
         "layers": len(plan.layers) if plan else 0,
         "modules": plans.modules(plan),
-        "components": [(name, count(n, "client") if n else "nobody: each stays with its client") for name, n in shared],
+        "components": [(name, count(n, "client") if n else "nobody: they do not train") for name, n in shared],
         "dropped": pick(run.settings, "method", "select") == "dropped",
     }
 
