@@ -373,3 +373,21 @@ def test_drop_columns_does_not_say_that_it_encrypts(lab: Lab, capsys: pytest.Cap
     clients = "federation.clients='[{rank:2,budget:0.2},{rank:2,budget:0.2}]' federation.min_clients=2"
     lab(f"method=drop_columns {clients} federation.rounds=1", nodes=simulated(2))
     assert not re.search(r"encrypts \d+|encrypt dropped", said(capsys))
+
+
+# ------------------------------------------------------------------------------------------------------- unequal ranks
+
+
+def test_a_client_that_stays_silent_does_not_shrink_what_the_others_send_in_the_next_round(lab: Lab) -> None:
+    told: list[tuple[int, list[float]]] = []
+
+    def spy(message: Message) -> None:
+        values, _ = flower.unpack(message.content)
+        told.append((values["round"], values["shares"]))
+
+    run = lab("method=sealed federation.rounds=3", outgoing=("train", spy), tamper=failing(100, 0))
+    low, *_ = weights = samples(run, 0, 1, 2, 3)
+    without = 1 - low / sum(weights)
+    assert [shares[1] for round_, shares in told if round_ == 0] == pytest.approx([without] * 4)
+    assert [shares[1] for round_, shares in told if round_ == 1] == [1.0] * 4
+    assert [shares[1] for round_, shares in told if round_ == 2] == pytest.approx([without] * 4)  # it answered again
