@@ -183,7 +183,7 @@ def test_the_page_of_the_first_command_loads_its_adapter(tmp_path: Path) -> None
     path = tmp_path / "first/report.html"
     assert f"report: {path}" in done.stdout.splitlines()
     names = loaded_by(check_harmless(path.read_text()), tmp_path / "first")
-    assert [*names["model"].peft_config] == ["default"] and names["model"].peft_config["default"].r == 2
+    assert [*names["model"].peft_config] == ["default"] and names["model"].peft_config["default"].r == 8
     ids = names["tokenizer"]("one", return_tensors="pt")
     assert names["model"].generate(**ids, max_new_tokens=4).shape[1] > ids.input_ids.shape[1]
 
