@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -41,7 +41,6 @@ class EncryptedLora(Strategy):
         self.door = Door(settings, self.federation)
         self.table = Table(settings, self.federation)
         self._chosen: list[Member] = []  # whom the messages of the current exchange go to
-        self._shares: tuple[float, ...] = ()  # see Federation.shares
         self._aggregate: wire.Message | None = None  # of the round that was closed last
         self._asked: dict[str, Member] = {}  # message id -> whose reply it asks for
         self._scores_before: list[Score] = []
@@ -130,13 +129,13 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per chosen client, with the aggregates it lacks."""
-        self._address(self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid))))
+        self._chosen = self._choose(server_round, self.table.seated(self.door.wait_for_enough(grid)))
         self._sum = self.federation.open_round(server_round, self._chosen)
-        total = self.federation.total(self._chosen)
+        total, shares = self.federation.total(self._chosen), self.federation.shares(self._chosen)
         self.ledger.open_round()
         messages = []
         for member in self._chosen:
-            message, size = self._task(member, "train", server_round, total)
+            message, size = self._task(member, "train", server_round, total, shares)
             self.ledger.asked(server_round, member, size)
             messages.append(message)
         return messages
@@ -167,10 +166,10 @@ class EncryptedLora(Strategy):
                 self.conduct.left_out(f"round {server_round + 1}", server_round, member, error)
                 member.have = -1  # its state is unknown: send everything next time
             seconds += time.perf_counter() - started
-        for member in self._chosen:
-            member.silent = member.name not in self._answered
         started = time.perf_counter()
         self._aggregate = self.federation.close_round(self._sum)
+        for member in self._chosen:
+            member.silent = member.name not in self._answered
         self._answered.clear()
         if self._aggregate.rank < max(c.rank for c in self._aggregate.contributors):
             say(f"components above {self._aggregate.rank} were not averaged: too few, or too light, clients have them")
@@ -196,7 +195,7 @@ class EncryptedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The last mean, to every client."""
-        self._address(self.door.online(grid))
+        self._chosen = self.door.online(grid)
         return [self._task(member, "evaluate", server_round, 0)[0] for member in self._chosen]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -211,7 +210,7 @@ class EncryptedLora(Strategy):
 
     def _negotiate(self, grid: Grid, round_: int, online: list[Member], timeout: float) -> None:
         """Ask the clients which columns they want encrypted, and make the plan from their answers."""
-        self._address(online)
+        self._chosen = online
         asked = [self._task(member, "query.wish", round_, 0) for member in online]
         sent = {member.name: size for member, (_, size) in zip(online, asked, strict=True)}
         wishes = []
@@ -234,11 +233,10 @@ class EncryptedLora(Strategy):
     def compare(self, grid: Grid, timeout: float) -> None:
         """Every client trains alone for as many steps, from the same start."""
         say("for comparison: every client alone, the same number of steps")
-        self._address(self.door.online(grid))
-        messages = [
-            self._task(m, "train.alone", self.settings.federation.rounds, 0, send=False)[0] for m in self._chosen
-        ]
-        self.ledger.local = self._scores(self.stream(grid, messages, timeout), "alone", self.settings.federation.rounds)
+        self._chosen = self.door.online(grid)
+        rounds = self.settings.federation.rounds
+        messages = [self._task(m, "train.alone", rounds, 0, send=False)[0] for m in self._chosen]
+        self.ledger.local = self._scores(self.stream(grid, messages, timeout), "alone", rounds)
 
     def _counts(self, message: wire.Message) -> tuple[int, int]:
         plan = self.federation.session.plan
@@ -248,11 +246,9 @@ class EncryptedLora(Strategy):
 
     # --- messages -------------------------------------------------------------------------------------------------
 
-    def _address(self, members: list[Member]) -> None:
-        """The messages of the exchange that begins go to these."""
-        self._chosen, self._shares = members, self.federation.shares(members)
-
-    def _task(self, member: Member, kind: str, round_: int, total: int, *, send: bool = True) -> tuple[Message, int]:
+    def _task(
+        self, member: Member, kind: str, round_: int, total: int, shares: Sequence[float] = (), *, send: bool = True
+    ) -> tuple[Message, int]:
         aggregates = self.federation.catch_up(member) if send else []
         payload = [wire.encode(m, link) for m, link in aggregates]
         plans = [self.federation.session.plan, *(link.plan for _, link in aggregates)]
@@ -265,7 +261,7 @@ class EncryptedLora(Strategy):
             "rounds": self.settings.federation.rounds,
             "sender": member.number,
             "total": total,
-            "shares": self._shares,
+            "shares": shares or (1.0,) * len(plans[0].tiers),
             "terms": terms,
             "base": member.have,
             "aggregates": [[m.round, m.rank, distinct.index(link.plan)] for m, link in aggregates],

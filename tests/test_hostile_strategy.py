@@ -208,7 +208,7 @@ def test_the_server_survives_every_mutated_answer_to_a_negotiation_and_an_evalua
     running = Running(tmp_path, llama, "method=she_lora federation.min_contributors=2 federation.min_clients=4")
     strategy, grid = running.strategy, running.grid
     online = strategy.door.online(grid)
-    strategy._address(online)
+    strategy._chosen = online
     grid.record([strategy._task(m, "query.wish", 0, 0)[0] for m in online])
     strategy._negotiate(grid, 0, online, 60.0)
     plan = strategy.federation.session.plan

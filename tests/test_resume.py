@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 import server_app.app
 from ciphertune import flower
 from ciphertune.cli import main
+from ciphertune.errors import FederationError
+from ciphertune.federation import Federation
 from ciphertune.ledger import Ledger
 from ciphertune.privacy import epsilon
 from ciphertune.runs import ServerFolder
@@ -376,6 +378,29 @@ def test_a_round_with_too_few_usable_updates_is_begun_again_as_if_it_had_not_bee
     assert '"client-2"' in (run / "interrupted.jsonl").read_text()
     lab.runs = tmp_path / "never"
     assert same(run, lab(words))
+
+
+def test_a_resumed_server_remembers_who_was_silent(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose weight counts in the next round follows from it."""
+
+    def gone(reply: Message, source: int) -> Message:
+        if reply.metadata.message_type == "train" and (source == 100 or reply.metadata.group_id == "2"):
+            reply.content = flower.pack({"error": "OSError", "line": "disk full", "name": f"client-{source - 100}"})
+        return reply
+
+    words = "name=one method=sealed federation.rounds=3"
+    with pytest.raises(FederationError, match="0 usable updates"):
+        lab(words, tamper=gone)
+    silent: list[list[bool]] = []
+    shares = Federation.shares
+
+    def seen(self: Federation, chosen: Any) -> tuple[float, ...]:
+        silent.append([m.silent for m in chosen])
+        return shares(self, chosen)
+
+    monkeypatch.setattr(Federation, "shares", seen)
+    resumed(lab, lab.runs / "one", words)
+    assert silent == [[True, False, False, False]]
 
 
 def test_a_client_whose_disk_is_full_says_so_in_one_line_and_comes_back(

@@ -24,7 +24,7 @@ from ciphertune.hello import Hello
 from ciphertune.negotiation import Negotiated, Wish, negotiate
 from ciphertune.plan import FACTORS, Plan
 from ciphertune.product import ProductSum
-from ciphertune.ranks import LARGEST_NORM, Contributor
+from ciphertune.ranks import LARGEST_NORM, Contributor, tier_shares
 from ciphertune.settings import Settings
 from ciphertune.versions import code_digest
 
@@ -35,7 +35,7 @@ RoundSum = SeparateSum | ProductSum
 class Member:
     """An admitted client. number: its sender id on the wire, from 1. have: the last round whose mean it holds.
 
-    silent: sent no usable update when it was last asked for one.
+    silent: the last round that it was asked in was closed without an update of its own.
     """
 
     number: int
@@ -240,18 +240,9 @@ class Federation:
         return sum(self.contributor(m).samples for m in chosen)
 
     def shares(self, chosen: Sequence[Member]) -> tuple[float, ...]:
-        """Per tier of ranks, what share of the clients' weight reaches it: never more than of the tier below.
-
-        Of the clients of smaller rank those count that answered when they were last asked: what one that stays silent
-        says of itself must not shrink what the others send.
-        """
-        people = [(self.contributor(m), m.silent) for m in chosen]
-        found = [1.0]
-        for tier in self.session.plan.tiers:
-            reach = sum(c.samples for c, _ in people if c.rank >= tier)
-            below = sum(c.samples for c, silent in people if c.rank < tier and not silent)
-            found.append(min(found[-1], reach / (reach + below)) if reach else found[-1])
-        return tuple(found[1:])
+        """Per tier of ranks, what share of the weight of `chosen` trains its components."""
+        people, silent = [self.contributor(m) for m in chosen], [m.silent for m in chosen]
+        return tier_shares(self.session.plan.tiers, people, silent)
 
     def close_round(self, sum_: RoundSum) -> wire.Message:
         """Release the aggregate and remember it. Raises FederationError when too few contributed."""

@@ -73,6 +73,20 @@ def to_mean(
     return np.asarray(packed / np.concatenate([np.full(heads, everyone), np.repeat(per_component, size)]))
 
 
+def tier_shares(tiers: Sequence[int], people: Sequence[Contributor], silent: Sequence[bool]) -> tuple[float, ...]:
+    """What share of the weight of `people` reaches each tier, in (0, 1], never more than of the tier below.
+
+    Of those of smaller rank the silent ones do not count: what one that sends nothing says of its weight must not
+    shrink what the others send.
+    """
+    found = [1.0]
+    for tier in tiers:
+        reach = sum(c.samples for c in people if c.rank >= tier)
+        below = sum(c.samples for c, is_silent in zip(people, silent, strict=True) if c.rank < tier and not is_silent)
+        found.append(min(found[-1], reach / (reach + below)) if reach else found[-1])
+    return tuple(found[1:])
+
+
 def damped(update: Adapter, base: Adapter, tiers: Sequence[int], shares: Sequence[float]) -> Adapter:
     """An update with every component's change since `base` times the share of the clients' weight that trains it.
 

@@ -53,6 +53,7 @@ def keep(folder: ServerFolder, federation: Federation, ledger: Ledger, aggregate
         "plan": link.plan.digest().hex(),
         "history": [[message.round, message.rank, plan.digest().hex()] for message, plan in federation.history],
         "members": [_greeting(member.hello) for member in federation.members],
+        "silent": [member.name for member in federation.members if member.silent],
         "ledger": ledger.state(),
     }
     folder.state(aggregate.round, state, {link.plan, *(plan for _, plan in federation.history)})
@@ -106,7 +107,8 @@ def restore(earlier: Earlier, federation: Federation, ledger: Ledger) -> None:
         federation.session = link
         shapes = {"layers": [[x.name, x.m, x.n] for x in plan.layers], "heads": [[h.name, h.shape] for h in plan.heads]}
         hellos = [parse_hello(values | shapes, 0, values["client"]) for values in state["members"]]
-        federation.members = [Member(number, hello) for number, hello in enumerate(hellos, 1)]
+        silent = set(state["silent"])
+        federation.members = [Member(k, hello, silent=hello.name in silent) for k, hello in enumerate(hellos, 1)]
         ledger.restore(state["ledger"], federation.members)
         wanted = [(int(round_), int(rank), plans[digest]) for round_, rank, digest in state["history"]]
     except ResumeError:
